@@ -1,0 +1,28 @@
+"""Fast Diffusers pipelines, with measurements that show the pictures stay good."""
+
+# Diffusers looks these two names up in this module when it reloads a component of ours (`pipeline_loading_utils`).
+from diffusers.models.modeling_utils import ModelMixin as ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
+
+from diffaccel import zoo as zoo
+from diffaccel.portable import register_loadable, save_pretrained
+from diffaccel.samplers.catalog import scheduler
+from diffaccel.samplers.named import DDIMSolverScheduler, DPMSolverScheduler, FlowEulerScheduler, UniPCScheduler
+from diffaccel.samplers.scheduler import SolverScheduler
+
+__version__ = "0.1.0"
+__all__ = [
+    "DDIMSolverScheduler",
+    "DPMSolverScheduler",
+    "FlowEulerScheduler",
+    "SolverScheduler",
+    "UniPCScheduler",
+    "save_pretrained",
+    "scheduler",
+    "zoo",
+]
+
+# Saved pipelines name a class by its module: the short name lets files move (`["diffaccel", "DPMSolverScheduler"]`).
+for _cls in (SolverScheduler, DDIMSolverScheduler, DPMSolverScheduler, UniPCScheduler, FlowEulerScheduler):
+    _cls.__module__ = "diffaccel"
+register_loadable()

@@ -1,0 +1,83 @@
+"""Saving pipelines so that anyone can open them, and opening them again."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers.utils import logging
+
+from diffaccel.samplers import config as boundary
+from diffaccel.samplers.named import DDIMSolverScheduler, UniPCScheduler
+from diffaccel.samplers.scheduler import SolverScheduler
+
+logger = logging.get_logger(__name__)
+
+
+def save_pretrained(pipe: Any, directory: str | Path, **kwargs: Any) -> str:
+    """Save a pipeline so that it opens without diffaccel, and return the name of the stock scheduler it opens with.
+
+    `model_index.json` names the stock class that ours replaces; `scheduler_config.json` keeps our keys, so that
+    `OurScheduler.from_config(pipe.scheduler.config)` restores everything. Opened by the stock class the pipeline runs
+    as well, but its pictures differ: a warning says so.
+
+    Args:
+        pipe: a Diffusers pipeline; it is not changed.
+        directory: folder to write. It is written under a temporary name first, and an existing pipeline folder is
+            replaced as a whole. A folder that holds something else is refused.
+        kwargs: passed to `DiffusionPipeline.save_pretrained` (`variant`, `max_shard_size`, ...).
+    """
+    target = Path(directory)
+    if target.exists() and not (target / "model_index.json").exists() and (target.is_file() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not a pipeline folder; choose an empty or a new folder")
+    ours = pipe.scheduler
+    stock = _stock_scheduler(ours) if isinstance(ours, SolverScheduler) else ours
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        pipe.scheduler = stock
+        pipe.save_pretrained(scratch / "new", **kwargs)
+        if target.exists():
+            target.rename(scratch / "old")
+        (scratch / "new").rename(target)
+    finally:
+        pipe.scheduler = ours
+        shutil.rmtree(scratch)
+    name = type(stock).__name__
+    if stock is not ours:
+        logger.warning(
+            f"{target} opens without diffaccel, with the stock {name}: its pictures then differ from those of "
+            f"{type(ours).__name__}. diffaccel.{type(ours).__name__}.from_config(pipe.scheduler.config) restores it."
+        )
+    return name
+
+
+def _stock_scheduler(ours: SolverScheduler) -> Any:
+    """Scheduler of the stock class that runs the same network, with our config's keys."""
+    config = dict(ours.config)
+    if boundary.is_flow(config | {"prediction_type": ours.prediction_type}):
+        stock = diffusers.FlowMatchEulerDiscreteScheduler
+    elif config["sigma_data"] is not None:
+        stock = diffusers.EDMDPMSolverMultistepScheduler
+    elif isinstance(ours, DDIMSolverScheduler):
+        stock = diffusers.DDIMScheduler
+    else:
+        stock = diffusers.UniPCMultistepScheduler if isinstance(ours, UniPCScheduler) else (
+            diffusers.DPMSolverMultistepScheduler
+        )
+    return stock.from_config(config)
+
+
+def register_loadable() -> None:
+    """Tell Diffusers that components of ours load from the top-level module, also from the Hub.
+
+    Private API: without it local folders still reload once diffaccel is imported, Hub repositories are refused.
+    """
+    try:
+        from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+    except ImportError:
+        return
+    LOADABLE_CLASSES.setdefault("diffaccel", {})

@@ -1,0 +1,130 @@
+"""Names: solvers and schedules as people call them in Diffusers, A1111 and ComfyUI, and the factory that takes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from diffaccel.samplers import config as boundary
+from diffaccel.samplers.grid import SPACINGS
+from diffaccel.samplers.named import DDIMSolverScheduler, DPMSolverScheduler, FlowEulerScheduler, UniPCScheduler
+from diffaccel.samplers.scheduler import SolverScheduler
+from diffaccel.samplers.solver import SOLVERS
+
+SCHEDULES = tuple(name for name in SPACINGS if name != "ddim_uniform")
+
+# Other programs' names, squeezed (see `_squeeze`), and what they are here. Schedule names may follow a solver's.
+SOLVER_ALIASES = {
+    "dpm++ 2m": "dpmpp_2m",
+    "dpm++ 3m": "dpmpp_3m",
+    "dpm++ 2m sde": "dpmpp_2m_sde",
+    "dpm++ 3m sde": "dpmpp_3m_sde",
+    "dpmpp 2m sde gpu": "dpmpp_2m_sde",
+    "dpmpp 3m sde gpu": "dpmpp_3m_sde",
+    "uni pc": "unipc_3",
+    "uni pc bh2": "unipc_3",
+    "unipc 2": "unipc",
+}
+SCHEDULE_ALIASES = {
+    "normal": "linspace",
+    "uniform": "linspace",
+    "automatic": "linspace",
+    "simple": "trailing",
+    "sgm uniform": "trailing",
+    "ddim uniform": "leading",
+    "ddim": "leading",
+    "lu": "logsnr",
+    "log snr": "logsnr",
+}
+
+
+def scheduler(
+    solver: str,
+    pipe_or_config: Any,
+    *,
+    schedule: str | None = None,
+    timesteps: Literal["float", "integer"] = "float",
+    final: Literal["zero", "sigma_min"] = "zero",
+    start: Literal["euler", "singlestep"] = "euler",
+    **options: Any,
+) -> SolverScheduler:
+    """Scheduler for a pipeline, by the names of a solver and a schedule.
+
+    `pipe.scheduler = diffaccel.scheduler("dpmpp_2m", pipe, schedule="logsnr")`
+
+    Args:
+        solver: a name from `diffaccel list`, or the A1111 or ComfyUI one ("DPM++ 2M Karras" names its schedule too).
+        pipe_or_config: a pipeline, or its `pipe.scheduler.config`.
+        schedule: a name from `diffaccel list`; None keeps what the config asks for.
+        timesteps: `float` tells the network exact times, `integer` rounds them as Diffusers does.
+        final: end at sigma = 0, or at the smallest sigma the network was trained on.
+        start: `euler`, or `singlestep` for a start without a first-order step (deterministic solvers).
+        options: config keys (`thresholding`, `shift`, ...) or fields of the solver (`eta`, ...).
+
+    Raises:
+        ValueError: for an unknown name, with the list of those known.
+    """
+    name, named_schedule = parse_solver(solver)
+    config = getattr(getattr(pipe_or_config, "scheduler", None), "config", pipe_or_config)
+    if not isinstance(config, Mapping):
+        raise TypeError(f"expected a pipeline or its scheduler's config, not {type(pipe_or_config).__name__}")
+    flow = boundary.is_flow_match(config) or config.get("prediction_type") == "flow_prediction"
+    flow = flow or bool(config.get("use_flow_sigmas"))
+    chosen = parse_schedule(schedule) if schedule is not None else named_schedule
+    cls, keys = _class_keys(name, flow)
+    keys |= {"final_sigmas_type": final, "set_alpha_to_one": final == "zero"}
+    solver_options = keys.pop("solver_options", {})
+    if chosen is not None:
+        spacing = boundary.spacing_config(chosen, flow)
+        solver_options |= spacing.pop("solver_options", {})
+        keys |= spacing
+    solver_options |= {k: v for k, v in (("timesteps", timesteps), ("start", start)) if v not in ("float", "euler")}
+    accepted = cls._get_init_keys(cls)
+    solver_options |= {k: v for k, v in options.items() if k not in accepted}
+    keys |= {k: v for k, v in options.items() if k in accepted}
+    return cls.from_config(config, **keys, solver_options=solver_options or None)
+
+
+def parse_solver(name: str) -> tuple[str, str | None]:
+    """Solver name of ours, and schedule name where the given name ends in one; raises `ValueError` if unknown."""
+    squeezed = _squeeze(name)
+    known = {_squeeze(n): n for n in SOLVERS} | SOLVER_ALIASES
+    if squeezed in known:
+        return known[squeezed], None
+    for words in range(1, squeezed.count(" ") + 1):
+        head, tail = squeezed.rsplit(" ", words)[0], " ".join(squeezed.rsplit(" ", words)[1:])
+        if head in known and tail in _schedule_names():
+            return known[head], _schedule_names()[tail]
+    raise ValueError(
+        f"unknown solver {name!r}; use {', '.join(SOLVERS)}, or an A1111 or ComfyUI name such as 'DPM++ 2M Karras'"
+    )
+
+
+def parse_schedule(name: str) -> str:
+    """Schedule name of ours for `name`; raises `ValueError` if unknown."""
+    if _squeeze(name) not in _schedule_names():
+        raise ValueError(f"unknown schedule {name!r}; use {', '.join(SCHEDULES)}")
+    return _schedule_names()[_squeeze(name)]
+
+
+def _schedule_names() -> dict[str, str]:
+    return {_squeeze(n): n for n in SCHEDULES} | SCHEDULE_ALIASES
+
+
+def _squeeze(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", name.strip().lower())
+
+
+def _class_keys(name: str, flow: bool) -> tuple[type[SolverScheduler], dict[str, Any]]:
+    """Class and config keys of solver `name`, in Diffusers' words wherever it has them."""
+    rule = SOLVERS[name]
+    if name in ("ddim", "euler"):
+        return (FlowEulerScheduler if flow else DDIMSolverScheduler), {}
+    if name.startswith("unipc"):
+        return UniPCScheduler, {"solver_order": rule.order}
+    keys: dict[str, Any] = {"solver_order": rule.order}
+    keys["algorithm_type"] = "sde-dpmsolver++" if rule.eta else "dpmsolver++"
+    if rule.halve_curvature:
+        keys["solver_options"] = {"halve_curvature": True}
+    return DPMSolverScheduler, keys

@@ -1,0 +1,148 @@
+"""Diffusers' configs read at the boundary: everything behind it sees value objects only.
+
+The keys and their meaning are Diffusers' own; one key is ours, `solver_options` (see `SolverScheduler`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from diffaccel.samplers.grid import SPACINGS, karras
+from diffaccel.samplers.schedule import NoiseSchedule, betas, zero_terminal_snr
+
+# Classes whose JSON ours can open. Their networks are told a time and see x on a path we know.
+OPENED = (
+    "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "DDPMScheduler",
+    "DDPMParallelScheduler",
+    "PNDMScheduler",
+    "LMSDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DPMSolverSDEScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "SASolverScheduler",
+    "EDMEulerScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+)
+# Keys that only schedulers of other trajectories have; a live config does not carry its class name.
+FOREIGN_KEYS = {
+    "original_inference_steps": "a consistency-distilled model (LCM, TCD)",
+    "snr_shift_scale": "CogVideoX's own noise schedule",
+    "scale_factors": "a multi-scale flow (FlowMatchLCM)",
+    "num_vec_classes": "a discrete (VQ) diffusion",
+    "masking_schedule": "a masked (non-Gaussian) diffusion",
+}
+# Values that name another family's algorithm, and the default that takes their place.
+OTHER_FAMILY = {
+    "algorithm_type": (("deis", "data_prediction", "noise_prediction"), "dpmsolver++"),
+    "solver_type": (("logrho",), "midpoint"),
+}
+
+
+def adopt(config: Mapping[str, Any], own_names: tuple[str, ...]) -> dict[str, Any]:
+    """Keyword overrides that make a foreign scheduler config ours; refuse with a sentence what we cannot run."""
+    if not isinstance(config, Mapping):
+        raise TypeError(f"expected a scheduler's config (pipe.scheduler.config), not {type(config).__name__}")
+    name = config.get("_class_name")
+    if name is not None and name not in OPENED + own_names:
+        raise ValueError(f"cannot take over a {name} config; ours open those of {', '.join(OPENED)}")
+    if "num_train_timesteps" not in config:
+        raise ValueError("this is not a scheduler's config: num_train_timesteps is missing; pass pipe.scheduler.config")
+    for key, what in FOREIGN_KEYS.items():
+        if key in config:
+            raise ValueError(f"cannot take over this scheduler config: its {key} belongs to {what}")
+    for key in ("invert_sigmas", "stochastic_sampling"):
+        if config.get(key):
+            raise ValueError(f"cannot take over this scheduler config: {key}=True is not supported")
+    overrides: dict[str, Any] = {}
+    for key, (values, default) in OTHER_FAMILY.items():
+        if config.get(key) in values:
+            overrides[key] = default
+    if is_flow_match(config):
+        overrides["prediction_type"] = "flow_prediction"
+    if "sigma_data" in config and config["sigma_data"] is not None:  # keys that EDM schedulers left at their default
+        overrides |= {k: config[k] for k in ("sigma_min", "sigma_max", "sigma_data") if k in config}
+        overrides["use_exponential_sigmas"] = config.get("sigma_schedule") == "exponential"
+        overrides["use_karras_sigmas"] = not overrides["use_exponential_sigmas"]
+    return overrides
+
+
+def is_flow_match(config: Mapping[str, Any]) -> bool:
+    """Whether a config is a FlowMatch one, which names neither path nor prediction type: it has a shift, no betas."""
+    return "shift" in config and "beta_start" not in config
+
+
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether a config of ours runs the rectified-flow path."""
+    return config["prediction_type"] == "flow_prediction" or bool(config["use_flow_sigmas"])
+
+
+def noise_schedule(c: Mapping[str, Any]) -> NoiseSchedule:
+    """Noise schedule that a config of ours describes."""
+    count = c["num_train_timesteps"]
+    if is_flow(c):
+        return NoiseSchedule.rectified_flow(count)
+    if c["sigma_data"] is not None:
+        return NoiseSchedule.from_sigmas(karras(c["sigma_max"], c["sigma_min"], count)[::-1], "ve")
+    if c["timestep_type"] == "continuous":  # SVD: a VP network in EDM's clock
+        if c["sigma_min"] is None or c["sigma_max"] is None:
+            raise ValueError("timestep_type='continuous' needs sigma_min and sigma_max in the config")
+        return NoiseSchedule.from_sigmas(karras(c["sigma_max"], c["sigma_min"], count)[::-1], "vp")
+    schedule = NoiseSchedule.from_alphas_cumprod(alphas_cumprod(c))
+    kept = schedule.lambdas >= c["lambda_min_clipped"]
+    return NoiseSchedule("vp", schedule.lambdas[kept], schedule.times[kept])
+
+
+def alphas_cumprod(c: Mapping[str, Any]) -> np.ndarray:
+    """(T,) float64 products of 1 - beta of a VP config."""
+    trained = c["trained_betas"]
+    values = (
+        betas(c["beta_schedule"], c["beta_start"], c["beta_end"], c["num_train_timesteps"])
+        if trained is None
+        else np.asarray(trained, dtype=np.float64)
+    )
+    alpha_bar = np.cumprod(1.0 - values)
+    return zero_terminal_snr(alpha_bar) if c["rescale_betas_zero_snr"] else alpha_bar
+
+
+def spacing(c: Mapping[str, Any]) -> str:
+    """Name of the time spacing that a config of ours asks for."""
+    named = (c["solver_options"] or {}).get("schedule")
+    if named is not None:
+        return named
+    for key, name in SPACING_KEYS.items():
+        if c[key]:
+            return name
+    return "flow" if is_flow(c) else c["timestep_spacing"]
+
+
+SPACING_KEYS = {
+    "use_karras_sigmas": "karras",
+    "use_exponential_sigmas": "exponential",
+    "use_beta_sigmas": "beta",
+    "use_lu_lambdas": "logsnr",
+}
+
+
+def spacing_config(name: str, flow: bool) -> dict[str, Any]:
+    """Config keys that ask for spacing `name`, in Diffusers' own words wherever it has them."""
+    if name not in SPACINGS:
+        raise ValueError(f"unknown schedule {name!r}; use {', '.join(SPACINGS)}")
+    keys: dict[str, Any] = {key: value == name for key, value in SPACING_KEYS.items()}
+    if name in ("linspace", "leading", "trailing"):
+        keys["timestep_spacing"] = name
+    in_words = keys.get("timestep_spacing") is None or not flow  # flow paths ignore timestep_spacing
+    return keys if in_words and name != "ddim_uniform" else keys | {"solver_options": {"schedule": name}}

@@ -1,0 +1,55 @@
+"""Row: one solver step as a linear combination, and the little tensor arithmetic that carries it out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
+
+
+@dataclass(frozen=True)
+class Row:
+    """x_next = x * sample + sum_j m[j] * x0_prediction[j] + noise * z, newest prediction first. Plain floats."""
+
+    x: float
+    m: tuple[float, ...]
+    noise: float = 0.0
+
+
+def rescale(row: Row, alpha_from: float, alpha_to: float) -> Row:
+    """Take a row from y = x / alpha, where solvers are written, to the network's own x."""
+    return Row(row.x * alpha_to / alpha_from, tuple(alpha_to * c for c in row.m), alpha_to * row.noise)
+
+
+def x0_coefficients(prediction_type: str, alpha: float, sigma: float) -> tuple[float, float]:
+    """(p, q) with x0 = p * sample + q * model_output, for a network that predicts `prediction_type`."""
+    if prediction_type == "epsilon":
+        return 1 / alpha, -sigma / alpha
+    if prediction_type == "sample":
+        return 0.0, 1.0
+    if prediction_type == "v_prediction":  # v = alpha * eps - sigma * x0 (arXiv:2202.00512)
+        return alpha, -sigma
+    if prediction_type == "flow_prediction":  # eps - x0
+        return 1 / (alpha + sigma), -sigma / (alpha + sigma)
+    raise ValueError(f"unknown prediction_type {prediction_type!r}; use {', '.join(PREDICTION_TYPES)}")
+
+
+def edm_coefficients(prediction_type: str, sigma: float, sigma_data: float) -> tuple[float, float]:
+    """(c_skip, c_out) of EDM preconditioning (arXiv:2206.00364, table 1); `v_prediction` flips the sign of c_out."""
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(f"prediction_type {prediction_type!r} has no EDM form; use epsilon or v_prediction")
+    variance = sigma**2 + sigma_data**2
+    sign = 1.0 if prediction_type == "epsilon" else -1.0
+    return sigma_data**2 / variance, sign * sigma * sigma_data / variance**0.5
+
+
+def combine(weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+    """sum_j weights[j] * tensors[j]; weights are 0-d tensors on the tensors' device, so that no step syncs."""
+    out = tensors[0] * weights[0]
+    for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
+        out = torch.addcmul(out, tensor, weight)
+    return out

@@ -1,0 +1,444 @@
+"""SolverScheduler: the one Diffusers adapter for every solver on every grid, and the named schedulers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from diffaccel.samplers import config as boundary
+from diffaccel.samplers.grid import Final, TimeGrid, grid_from_sigmas, grid_from_timesteps, time_grid
+from diffaccel.samplers.plan import make_plan, second_call_needed, table
+from diffaccel.samplers.row import PREDICTION_TYPES, combine, edm_coefficients, x0_coefficients
+from diffaccel.samplers.schedule import NoiseSchedule
+from diffaccel.samplers.solver import SOLVERS, ExponentialAdams
+
+CURSOR_START = 2  # torch.compile keeps an integer of 0 or 1 as a constant, so a step counter must not pass them
+
+
+@dataclass
+class SolverSchedulerOutput(SchedulerOutput):
+    """Output of `SolverScheduler.step`.
+
+    Attributes:
+        prev_sample: sample at the next node, in the dtype of the model output.
+        pred_original_sample: x0 as predicted at this node, float32.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor | None = None
+
+
+class SolverScheduler(SchedulerMixin, ConfigMixin):
+    """Run any solver on any time grid inside a stock Diffusers pipeline.
+
+    `pipe.scheduler = SolverScheduler.from_config(pipe.scheduler.config)` takes over the noise schedule, prediction
+    type and spacing of the pipeline's own scheduler, Gaussian (VP), EDM or flow matching. The config keys are those of
+    `DPMSolverMultistepScheduler` and `FlowMatchEulerDiscreteScheduler` with their meaning; the one key of ours is
+    `solver_options`, a dict of
+
+    - `solver`: a name from `diffaccel list` (this base class only; default `dpmpp_2m`),
+    - `schedule`: a spacing that Diffusers has no key for,
+    - `timesteps`: `float` (default) tells the network exact times, `integer` rounds them as Diffusers does,
+    - `start`: `euler` (default) or `singlestep`, see `make_plan`,
+    - any field of `ExponentialAdams`, such as `eta`.
+
+    On the CPU a model output that is not finite raises; elsewhere the check would stall the device and is left out.
+    Noise for `eta` > 0 comes from the pipeline's generator, in float32.
+    """
+
+    _compatibles = list(boundary.OPENED)
+    order = 1  # network calls per entry of `timesteps`
+    _leading = "leading"  # the grid that timestep_spacing="leading" means for the Diffusers class this one replaces
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
+        prediction_type: str = "epsilon",
+        variance_type: str | None = None,
+        timestep_spacing: str = "linspace",
+        timestep_type: str = "discrete",
+        steps_offset: int = 0,
+        final_sigmas_type: str = "zero",
+        set_alpha_to_one: bool = True,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        use_lu_lambdas: bool = False,
+        use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+        shift_terminal: float | None = None,
+        base_shift: float | None = 0.5,
+        max_shift: float | None = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        sigma_data: float | None = None,
+        lambda_min_clipped: float = -float("inf"),
+        solver_order: int = 2,
+        algorithm_type: str = "dpmsolver++",
+        solver_type: str = "midpoint",
+        lower_order_final: bool = True,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        solver_options: dict[str, Any] | None = None,
+    ) -> None:
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"unknown prediction_type {prediction_type!r}; use {', '.join(PREDICTION_TYPES)}")
+        self.schedule = boundary.noise_schedule(self._effective_config())
+        self.solver = self._solver_with_options()
+        if self.schedule.path == "vp":
+            alpha = np.array([self.schedule.alpha_sigma(lam)[0] for lam in self.schedule.lambdas])
+            self.alphas_cumprod = torch.from_numpy(alpha**2).float()
+        self.timesteps = torch.from_numpy(self.schedule.times[::-1].astype(np.float32))
+        self.num_inference_steps: int | None = None
+        self._begin_index: int | None = None
+        self._reset()
+
+    # ---- reading the config -----------------------------------------------------------------------------------------
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Scheduler of this class with the noise schedule and spacing of `config` (`pipe.scheduler.config`).
+
+        Takes the configs of every `KarrasDiffusionSchedulers` member, of the EDM and of the FlowMatch schedulers;
+        keyword arguments override keys. Raises `ValueError` or `TypeError` with the reason for anything else.
+        """
+        overrides = boundary.adopt(config, tuple(c.__name__ for c in (SolverScheduler, *_subclasses(SolverScheduler))))
+        return super().from_config(dict(config), return_unused_kwargs, **(overrides | cls._adopt(config) | kwargs))
+
+    @classmethod
+    def _adopt(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What this class alone overrides in a foreign config; raises for configs it has no rule for."""
+        return {}
+
+    @property
+    def prediction_type(self) -> str:
+        """What the network predicts."""
+        return self.config["prediction_type"]
+
+    def _effective_config(self) -> dict[str, Any]:
+        return {**self.config, "prediction_type": self.prediction_type}
+
+    def _options(self) -> dict[str, Any]:
+        return dict(self.config["solver_options"] or {})
+
+    def make_solver(self) -> ExponentialAdams:
+        """Solver that the config asks for, before `solver_options` change its fields."""
+        name = self._options().get("solver", "dpmpp_2m")
+        if name not in SOLVERS:
+            raise ValueError(f"unknown solver {name!r}; use {', '.join(SOLVERS)}")
+        return SOLVERS[name]
+
+    def _solver_with_options(self) -> ExponentialAdams:
+        options = self._options()
+        for key, allowed in (("timesteps", ("float", "integer")), ("start", ("euler", "singlestep"))):
+            if options.pop(key, allowed[0]) not in allowed:
+                raise ValueError(f"solver_options[{key!r}] is {self._options()[key]!r}; use {' or '.join(allowed)}")
+        if options.pop("solver", None) and type(self).make_solver is not SolverScheduler.make_solver:
+            raise ValueError(f"{type(self).__name__} has its own solver; name another one in SolverScheduler's options")
+        options.pop("schedule", None)
+        solver = self.make_solver()
+        known = [f.name for f in fields(solver)]
+        if unknown := sorted(set(options) - set(known)):
+            accepted = ", ".join(("solver", "schedule", "timesteps", "start", *known))
+            raise ValueError(f"unknown solver option {unknown[0]!r}; use {accepted}")
+        return replace(solver, **options)
+
+    def _x0_of(self, lam: float) -> tuple[float, float]:
+        alpha, sigma = self.schedule.alpha_sigma(lam)
+        if self.schedule.path == "ve":
+            return edm_coefficients(self.prediction_type, sigma, self.config["sigma_data"])
+        return x0_coefficients(self.prediction_type, alpha, sigma)
+
+    # ---- the time grid ----------------------------------------------------------------------------------------------
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Fix the trajectory: `num_inference_steps` network calls, or those at given `timesteps` or `sigmas`.
+
+        Args:
+            num_inference_steps: number of network calls, 1 to the number of training timesteps.
+            device: where `timesteps` and the coefficients live.
+            timesteps: strictly decreasing network times. With `sigmas`, only what the network is told.
+            sigmas: strictly decreasing sigma / alpha, or sigma on flow paths, where the shift is applied to them; a
+                last 0 may be left out.
+            mu: shift of flow models with dynamic shifting; ignored by those with a static shift.
+        """
+        grid = self._grid(num_inference_steps, timesteps, sigmas, mu)
+        self.grid = grid
+        self.num_inference_steps = len(grid.timesteps)
+        whole = self._options().get("timesteps") == "integer" and np.array_equal(grid.timesteps, grid.timesteps.round())
+        told = torch.from_numpy(grid.timesteps.astype(np.int64 if whole and self.schedule.path == "vp" else np.float32))
+        self.timesteps = told.to(device)
+        self._told = told.double().numpy()
+        self.sigmas = torch.from_numpy(self.schedule.sigma_at(grid.lambdas).astype(np.float32))
+        self._begin_index = None
+        self._reset()
+        self._prepare(0)
+
+    def _grid(
+        self,
+        n: int | None,
+        timesteps: Sequence[float] | None,
+        sigmas: Sequence[float] | None,
+        mu: float | None,
+    ) -> TimeGrid:
+        c, options = self.config, self._options()
+        shift = self._shift(mu)
+        final = self._final()
+        if sigmas is not None:
+            grid = grid_from_sigmas(self.schedule, np.asarray(sigmas), shift=shift, stretch_to=c["shift_terminal"])
+            if timesteps is not None:
+                if len(timesteps) != len(grid.timesteps):
+                    raise ValueError(f"{len(timesteps)} timesteps were given for {len(grid.timesteps)} sigmas")
+                grid = replace(grid, timesteps=np.asarray(timesteps, dtype=np.float64))
+        elif timesteps is not None:
+            grid = grid_from_timesteps(self.schedule, np.asarray(timesteps), final)
+        else:
+            if not isinstance(n, (int, np.integer)) or isinstance(n, bool):
+                raise ValueError(f"pass num_inference_steps (a whole number), timesteps or sigmas; got {n!r}")
+            n = int(n)
+            twice = second_call_needed(self.solver, options.get("start", "euler"), n)
+            spacing = boundary.spacing(self._effective_config())
+            grid = time_grid(
+                self.schedule,
+                n - twice,
+                self._leading if spacing == "leading" else spacing,
+                final=final,
+                clock=options.get("timesteps", "float"),
+                offset=c["steps_offset"],
+                shift=shift,
+                stretch_to=c["shift_terminal"],
+            )
+            return grid.with_second_call() if twice else grid
+        if n is not None and n != len(grid.timesteps):
+            raise ValueError(f"num_inference_steps is {n}, but {len(grid.timesteps)} sigmas or timesteps were given")
+        return grid
+
+    def _final(self) -> Final:
+        final = self.config["final_sigmas_type"]
+        if final not in ("zero", "sigma_min"):
+            raise ValueError(f"unknown final_sigmas_type {final!r}; use zero or sigma_min")
+        return final
+
+    def _shift(self, mu: float | None) -> float:
+        """Static shift of a flow path; with dynamic shifting, the one that `mu` stands for."""
+        c = self.config
+        if not c["use_dynamic_shifting"]:
+            return float(c["flow_shift"] if c["use_flow_sigmas"] else c["shift"])
+        if mu is None:
+            raise ValueError("this model shifts its noise levels with the picture size; pass mu to set_timesteps()")
+        return math.exp(mu) if c["time_shift_type"] == "exponential" else float(mu)
+
+    def _prepare(self, begin: int) -> None:
+        """Plan the run from node `begin`; the table of float32 coefficients goes to the device once."""
+        start = self._options().get("start", "euler")
+        self._first = begin
+        self._plan = make_plan(self.schedule, self.grid, self.solver, self._x0_of, begin=begin, start=start)
+        self._rows = table(self._plan, self.solver)
+        self._table = torch.from_numpy(self._rows.astype(np.float32)).to(self.timesteps.device)
+        self._start_steps = 4 if start == "singlestep" else 0
+        if self.schedule.path == "ve":
+            c_in = [(self.schedule.alpha_sigma(v)[1] ** 2 + self.config["sigma_data"] ** 2) ** -0.5 for v in self.grid.lambdas]
+            self._input_scale = torch.tensor(c_in, dtype=torch.float32).to(self.timesteps.device)
+
+    def _reset(self) -> None:
+        self._cursor: int | None = None
+        self._history: list[Tensor] | None = None
+        self._anchor: Tensor | None = None
+
+    # ---- where in the run we are ------------------------------------------------------------------------------------
+    @property
+    def step_index(self) -> int | None:
+        """Index of the next step, or None before the first."""
+        return None if self._cursor is None else self._cursor - CURSOR_START
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index of the first step, if the pipeline has set it."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at step `begin_index` (image-to-image); the multistep warm-up starts there too."""
+        self._begin_index = begin_index
+        if self.num_inference_steps is not None:
+            if not 0 <= begin_index < self.num_inference_steps:
+                raise ValueError(f"begin_index must lie between 0 and {self.num_inference_steps - 1}, not {begin_index}")
+            self._reset()
+            if begin_index != self._first:
+                self._prepare(begin_index)
+
+    def index_for_timestep(self, timestep: float | Tensor) -> int:
+        """Index of the step made at `timestep`, one of `self.timesteps`; without a device sync where it is a view."""
+        index = self._index(timestep)
+        if index is None:
+            index = self._nearest(float(timestep))
+        return index
+
+    def _index(self, timestep: Any) -> int | None:
+        """Step index of `timestep`, or None where only a device sync could tell."""
+        if isinstance(timestep, Tensor):
+            if timestep.numel() != 1:
+                return None
+            if timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr():
+                return int(timestep.storage_offset() - self.timesteps.storage_offset())
+            if timestep.device.type != "cpu":
+                return None
+        return self._nearest(float(timestep))
+
+    def _nearest(self, timestep: float) -> int:
+        distance = np.abs(self._told - timestep)
+        # Integer clocks may tell the network the same time twice: prefer the step that is due.
+        due = self._cursor - CURSOR_START if self._cursor is not None else self._begin_index or 0
+        return due if due < len(distance) and distance[due] == distance.min() else int(distance.argmin())
+
+    def __len__(self) -> int:
+        return self.config["num_train_timesteps"]
+
+    # ---- one step ---------------------------------------------------------------------------------------------------
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the initial noise: 1, or sqrt(sigma_max^2 + 1) for EDM models, as in Diffusers."""
+        return (self.config["sigma_max"] ** 2 + 1) ** 0.5 if self.schedule.path == "ve" else 1.0
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """What the network sees of `sample`: the sample itself, or c_in * sample for EDM models."""
+        if self.schedule.path != "ve":
+            return sample
+        if self._cursor is None and timestep is not None:
+            self._start(timestep)
+        return sample * self._input_scale[(self.step_index or 0)].to(sample.dtype)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> SolverSchedulerOutput | tuple[Tensor]:
+        """Sample at the next node, from the network's output at this one.
+
+        Args:
+            model_output: what the network predicts (`prediction_type`) at `timestep`, of the shape of `sample`.
+            timestep: the entry of `self.timesteps` it was called at.
+            sample: the current noisy sample, any float dtype; the step itself is done in float32 (float64 stays).
+            generator: source of the noise of stochastic solvers, or a list with one per sample.
+            return_dict: return a `SolverSchedulerOutput` instead of a 1-tuple.
+
+        Raises:
+            ValueError: before `set_timesteps()`, out of order, past the end, or (on the CPU) if the output is not finite.
+        """
+        if not torch.compiler.is_compiling():
+            self._check_step(model_output, timestep, sample)
+        index = (self._cursor or CURSOR_START + self._first) - CURSOR_START
+        k = self.solver.order
+        dtype = sample.dtype if sample.dtype == torch.float64 else torch.float32
+        row = self._table[index - self._first].unbind()
+        x = sample.to(dtype)
+        if self.config["variance_type"] in ("learned", "learned_range"):
+            model_output = model_output[:, : sample.shape[1]]
+        x0 = self._filter(combine(row[:2], (x, model_output.to(dtype))))
+        # The first steps of a singlestep start may redo a step, or evaluate a node again; see `Step`.
+        special = self._plan[index - self._first] if index - self._first < self._start_steps else None
+        older = self._history or [torch.zeros_like(x0) for _ in range(k + 1)]
+        history = [x0, *(older[1:] if special and special.again else older[:-1])]
+        redo = self.solver.corrector if special is None else special.correct is not None
+        if redo and self._anchor is not None:  # the step that led here, now that the prediction at its end is known
+            x = combine(row[2 : k + 4], (self._anchor, *history))
+        out = combine(row[k + 4 : 2 * k + 5], (x, *history[:k]))
+        if self.solver.eta:
+            noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=torch.float32)
+            out = torch.addcmul(out, noise.to(dtype), row[-1])
+        if (self.solver.corrector or self._start_steps) and not (special and special.hold):
+            self._anchor = x
+        self._history, self._cursor = history, index + CURSOR_START + 1
+        prev_sample = out.to(model_output.dtype)
+        return SolverSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample,)
+
+    def _start(self, timestep: float | Tensor) -> None:
+        """Find the first step of a run and plan from there."""
+        begin = self._begin_index if self._begin_index is not None else self.index_for_timestep(timestep)
+        if begin != self._first:
+            self._prepare(begin)
+        self._cursor = begin + CURSOR_START
+
+    def _check_step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> None:
+        n = self.num_inference_steps
+        if n is None:
+            raise ValueError("step() was called before set_timesteps(); call scheduler.set_timesteps(n) first")
+        if self._cursor is None:
+            self._start(timestep)
+        index = self._cursor - CURSOR_START  # pyright: ignore[reportOptionalOperand]
+        if index >= n:
+            raise ValueError(f"step() was called after the last of {n} steps; call set_timesteps() to start again")
+        given = self._index(timestep)
+        if given is not None and given != index:
+            raise ValueError(
+                f"step() got timestep {float(timestep):g}, but step {index + 1} of {n} is due at {self._told[index]:g}: each "
+                "step is made once and in order; call set_timesteps() to start again"
+            )
+        if sample.dtype == torch.float64 and self._table.dtype != torch.float64:
+            self._table = torch.from_numpy(self._rows)
+        self._table = self._table.to(sample.device)
+        # float32 sums of finite values stay finite, and one NaN or inf among them does not: one cheap reduction.
+        if sample.device.type == "cpu" and not math.isfinite(model_output.sum(dtype=torch.float32)):
+            raise ValueError(
+                f"the model output at step {index + 1} of {n} is not finite (NaN or inf); if the network runs in "
+                "float16, try bfloat16 or float32"
+            )
+
+    def _filter(self, x0: Tensor) -> Tensor:
+        """Dynamic thresholding (Imagen, arXiv:2205.11487, section 2.3), for pixel models that ask for it."""
+        c = self.config
+        if c["thresholding"]:
+            limit = torch.quantile(x0.flatten(1).abs(), c["dynamic_thresholding_ratio"], dim=1)
+            limit = limit.clamp(min=1, max=c["sample_max_value"]).view(-1, *[1] * (x0.ndim - 1))
+            return torch.clamp(x0, -limit, limit) / limit
+        return x0
+
+    # ---- noising (image-to-image, inpainting, training) -------------------------------------------------------------
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """alpha * original_samples + sigma * noise at `timesteps` (0-d or (B,)): nodes of the run, or any trained time."""
+        times = timesteps.cpu().double().reshape(-1).numpy()
+        lam = self.schedule.lambda_at(times)
+        if self.num_inference_steps is not None:  # the network may be told a node's time rounded: use the node itself
+            distance = np.abs(self._told[None] - times[:, None])
+            lam = np.where(distance.min(1) == 0, np.asarray(self.grid.lambdas)[distance.argmin(1)], lam)
+        pairs = torch.tensor([self.schedule.alpha_sigma(float(v)) for v in lam], dtype=torch.float32)
+        alpha, sigma = pairs.to(noise.device, noise.dtype).T.reshape(2, -1, *[1] * (noise.ndim - 1))
+        return alpha * original_samples + sigma * noise
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """`add_noise` under the name and argument order that flow pipelines use."""
+        return self.add_noise(sample, noise, timestep)
+
+
+def _subclasses(cls: type) -> list[type]:
+    return [s for c in cls.__subclasses__() for s in (c, *_subclasses(c))]

@@ -1,0 +1,38 @@
+"""Small trained models that travel inside the package; each folder has a card (README.md)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+NAMES = ("emoji-sd", "emoji-clip")
+
+
+def path(name: str) -> Path:
+    """Folder of a zoo model; raises `ValueError` with the names there are."""
+    if name not in NAMES:
+        raise ValueError(f"unknown zoo model {name!r}; use {' or '.join(NAMES)}")
+    return FOLDER / name
+
+
+def load(name: str, **kwargs: Any) -> Any:
+    """Load a zoo model, in float32 unless `dtype` says otherwise.
+
+    `emoji-sd` is a plain `StableDiffusionPipeline` (64 x 64 pictures), `emoji-clip` a pair (`CLIPModel`, processor).
+
+    Args:
+        name: one of `NAMES`.
+        kwargs: passed to `from_pretrained`, such as `dtype=torch.float16`.
+    """
+    import torch
+
+    folder = path(name)
+    kwargs.setdefault("dtype", torch.float32)
+    if name == "emoji-clip":
+        from transformers import CLIPModel, CLIPProcessor
+
+        return CLIPModel.from_pretrained(folder, **kwargs).eval(), CLIPProcessor.from_pretrained(folder)
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline.from_pretrained(folder, **kwargs)
