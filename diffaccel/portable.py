@@ -65,8 +65,10 @@ def _stock_scheduler(ours: SolverScheduler) -> Any:
     elif isinstance(ours, DDIMSolverScheduler):
         stock = diffusers.DDIMScheduler
     else:
-        stock = diffusers.UniPCMultistepScheduler if isinstance(ours, UniPCScheduler) else (
-            diffusers.DPMSolverMultistepScheduler
+        stock = (
+            diffusers.UniPCMultistepScheduler
+            if isinstance(ours, UniPCScheduler)
+            else (diffusers.DPMSolverMultistepScheduler)
         )
     return stock.from_config(config)
 

@@ -141,7 +141,11 @@ def time_grid(
 
 
 def grid_from_sigmas(
-    schedule: NoiseSchedule, sigmas: Sequence[float] | FloatArray, *, shift: float = 1.0, stretch_to: float | None = None
+    schedule: NoiseSchedule,
+    sigmas: Sequence[float] | FloatArray,
+    *,
+    shift: float = 1.0,
+    stretch_to: float | None = None,
 ) -> TimeGrid:
     """Grid of given `sigmas` (see `NoiseSchedule.sigma_at`), strictly decreasing; a last 0 may be left out.
 
@@ -152,7 +156,9 @@ def grid_from_sigmas(
     if values.size and values[-1] == 0:
         values = values[:-1]
     if values.ndim != 1 or not values.size or not (np.diff(values) < 0).all() or not values[-1] > 0:
-        raise ValueError("sigmas must be a list of positive numbers that fall from step to step, such as [14.6, 2.1, 0]")
+        raise ValueError(
+            "sigmas must be a list of positive numbers that fall from step to step, such as [14.6, 2.1, 0]"
+        )
     if schedule.path == "flow" and values[0] > 1:
         raise ValueError(f"sigmas of a flow model lie between 0 and 1, not at {values[0]:g}")
     lam = schedule.lambda_of_sigma(values)

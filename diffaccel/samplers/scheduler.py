@@ -260,16 +260,21 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         """Plan the run from node `begin`; the table of float32 coefficients goes to the device once."""
         start = self._options().get("start", "euler")
         self._first = begin
+        self._cursor = begin + CURSOR_START
         self._plan = make_plan(self.schedule, self.grid, self.solver, self._x0_of, begin=begin, start=start)
         self._rows = table(self._plan, self.solver)
         self._table = torch.from_numpy(self._rows.astype(np.float32)).to(self.timesteps.device)
         self._start_steps = 4 if start == "singlestep" else 0
         if self.schedule.path == "ve":
-            c_in = [(self.schedule.alpha_sigma(v)[1] ** 2 + self.config["sigma_data"] ** 2) ** -0.5 for v in self.grid.lambdas]
+            c_in = [
+                (self.schedule.alpha_sigma(v)[1] ** 2 + self.config["sigma_data"] ** 2) ** -0.5
+                for v in self.grid.lambdas
+            ]
             self._input_scale = torch.tensor(c_in, dtype=torch.float32).to(self.timesteps.device)
 
     def _reset(self) -> None:
-        self._cursor: int | None = None
+        self._started = False
+        self._cursor = CURSOR_START
         self._history: list[Tensor] | None = None
         self._anchor: Tensor | None = None
 
@@ -277,7 +282,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
     @property
     def step_index(self) -> int | None:
         """Index of the next step, or None before the first."""
-        return None if self._cursor is None else self._cursor - CURSOR_START
+        return self._cursor - CURSOR_START if self._started else None
 
     @property
     def begin_index(self) -> int | None:
@@ -289,10 +294,11 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index = begin_index
         if self.num_inference_steps is not None:
             if not 0 <= begin_index < self.num_inference_steps:
-                raise ValueError(f"begin_index must lie between 0 and {self.num_inference_steps - 1}, not {begin_index}")
+                raise ValueError(
+                    f"begin_index must lie between 0 and {self.num_inference_steps - 1}, not {begin_index}"
+                )
             self._reset()
-            if begin_index != self._first:
-                self._prepare(begin_index)
+            self._prepare(begin_index)
 
     def index_for_timestep(self, timestep: float | Tensor) -> int:
         """Index of the step made at `timestep`, one of `self.timesteps`; without a device sync where it is a view."""
@@ -315,7 +321,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
     def _nearest(self, timestep: float) -> int:
         distance = np.abs(self._told - timestep)
         # Integer clocks may tell the network the same time twice: prefer the step that is due.
-        due = self._cursor - CURSOR_START if self._cursor is not None else self._begin_index or 0
+        due = self._cursor - CURSOR_START
         return due if due < len(distance) and distance[due] == distance.min() else int(distance.argmin())
 
     def __len__(self) -> int:
@@ -331,9 +337,9 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         """What the network sees of `sample`: the sample itself, or c_in * sample for EDM models."""
         if self.schedule.path != "ve":
             return sample
-        if self._cursor is None and timestep is not None:
+        if timestep is not None:
             self._start(timestep)
-        return sample * self._input_scale[(self.step_index or 0)].to(sample.dtype)
+        return sample * self._input_scale[self._cursor - CURSOR_START].to(sample.dtype)
 
     def step(
         self,
@@ -357,7 +363,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         """
         if not torch.compiler.is_compiling():
             self._check_step(model_output, timestep, sample)
-        index = (self._cursor or CURSOR_START + self._first) - CURSOR_START
+        index = self._cursor - CURSOR_START
         k = self.solver.order
         dtype = sample.dtype if sample.dtype == torch.float64 else torch.float32
         row = self._table[index - self._first].unbind()
@@ -378,24 +384,25 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             out = torch.addcmul(out, noise.to(dtype), row[-1])
         if (self.solver.corrector or self._start_steps) and not (special and special.hold):
             self._anchor = x
-        self._history, self._cursor = history, index + CURSOR_START + 1
+        self._history, self._cursor, self._started = history, self._cursor + 1, True
         prev_sample = out.to(model_output.dtype)
         return SolverSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample,)
 
     def _start(self, timestep: float | Tensor) -> None:
-        """Find the first step of a run and plan from there."""
+        """Before the first step of a run: find out which one it is, and plan from there."""
+        if self._started:
+            return
         begin = self._begin_index if self._begin_index is not None else self.index_for_timestep(timestep)
         if begin != self._first:
             self._prepare(begin)
-        self._cursor = begin + CURSOR_START
+        self._started = True
 
     def _check_step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> None:
         n = self.num_inference_steps
         if n is None:
             raise ValueError("step() was called before set_timesteps(); call scheduler.set_timesteps(n) first")
-        if self._cursor is None:
-            self._start(timestep)
-        index = self._cursor - CURSOR_START  # pyright: ignore[reportOptionalOperand]
+        self._start(timestep)
+        index = self._cursor - CURSOR_START
         if index >= n:
             raise ValueError(f"step() was called after the last of {n} steps; call set_timesteps() to start again")
         given = self._index(timestep)

@@ -1,0 +1,50 @@
+"""`import diffaccel` stays light, and imports flow one way."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import diffaccel
+
+PACKAGE = Path(diffaccel.__file__).parent
+# A module of the sampler core may import those to its left only: config -> schedule -> grid -> rows -> step.
+LAYERS = ["schedule", "row", "solver", "grid", "plan", "config", "scheduler", "named", "catalog"]
+
+
+def modules_after(statement: str) -> set[str]:
+    code = f"import json, sys; {statement}; print(json.dumps(sorted(sys.modules)))"
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(run.stdout.splitlines()[-1]))
+
+
+def test_import_loads_no_third_party_module_that_diffusers_does_not():
+    added = modules_after("import diffaccel") - modules_after("from diffusers import DiffusionPipeline")
+    own = {"diffaccel", *sys.stdlib_module_names}
+    foreign = sorted(m for m in added if m.split(".")[0] not in own)
+    assert not [m for m in foreign if m.split(".")[0] != "diffusers"], foreign
+    assert not [m for m in foreign if m.startswith("diffusers.") and "schedul" not in m], foreign
+
+
+def test_import_leaves_evaluation_and_cli_out():
+    loaded = modules_after("import diffaccel")
+    assert not {
+        m for m in loaded if m.startswith(("diffaccel.eval", "diffaccel.cost", "diffaccel.demo", "diffaccel.cli"))
+    }
+
+
+def test_sampler_core_imports_one_way():
+    for position, name in enumerate(LAYERS):
+        tree = ast.parse((PACKAGE / "samplers" / f"{name}.py").read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("diffaccel.samplers"):
+                parts = node.module.split(".")[2:] or [alias.name for alias in node.names]
+                assert all(LAYERS.index(part) < position for part in parts), (name, parts)
+
+
+def test_mathematics_imports_no_torch():
+    for name in ("schedule", "solver", "grid", "plan", "config"):
+        imported = (PACKAGE / "samplers" / f"{name}.py").read_text()
+        assert "import torch" not in imported, name
+        assert "diffusers import" not in imported, name
