@@ -130,7 +130,7 @@ def time_grid(
     if final == "sigma_min":
         end = float(lam[n]) if len(lam) > n else schedule.lambda_min_noise - _shift_of(schedule, shift)
     lam = lam[:n]
-    if end <= lam[-1]:
+    if end <= lam[-1] + 1e-9:
         end = math.inf  # the last call is made at sigma_min already: spend it on the step to zero
     if len(lam) > 1 and np.diff(lam).min() <= 0:
         raise ValueError(f"{n} steps of {spacing!r} repeat a noise level on the integer clock; use timesteps='float'")
@@ -213,14 +213,15 @@ def _nodes(
         return schedule.lambda_at(times) - _shift_of(schedule, shift)
     if spacing == "flow":
         return _flow_nodes(schedule, nodes, shift)
-    ends = schedule.lambdas[-1], schedule.lambdas[0]
+    ends = float(schedule.lambdas[-1]), float(schedule.lambdas[0])
     if schedule.path == "flow":  # the table's own first sigma is 0: end where the flow spacing ends
-        ends = tuple(_flow_nodes(schedule, max(nodes, 2), shift)[[0, -1]])
+        ends = float(_flow_nodes(schedule, 2, shift)[0]), float(_flow_nodes(schedule, 2, shift)[1])
     if spacing == "logsnr":
         # Pure noise on a flow path has no log-SNR: start one training timestep below it.
         start = float(schedule.lambda_at(schedule.times[-2])) - _shift_of(schedule, shift)
         return np.linspace(start if schedule.path == "flow" else ends[0], ends[1], nodes)
-    return schedule.lambda_of_sigma(SIGMA_SPACINGS[spacing](*schedule.sigma_at(ends), nodes))
+    high, low = (float(s) for s in schedule.sigma_at(ends))
+    return schedule.lambda_of_sigma(SIGMA_SPACINGS[spacing](high, low, nodes))
 
 
 def _flow_nodes(schedule: NoiseSchedule, nodes: int, shift: float) -> FloatArray:

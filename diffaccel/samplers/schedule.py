@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Path = Literal["vp", "ve", "flow"]
-FloatArray = NDArray[np.float64]
+FloatArray = NDArray[np.floating]  # float64 throughout
 
 FLOW_MARGIN = 1e-9  # sigma = 0 and sigma = 1 have no finite log-SNR: flow paths stop this close to them
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from diffaccel.samplers import config as boundary
 from diffaccel.samplers.grid import Final, TimeGrid, grid_from_sigmas, grid_from_timesteps, time_grid
 from diffaccel.samplers.plan import make_plan, second_call_needed, table
 from diffaccel.samplers.row import PREDICTION_TYPES, combine, edm_coefficients, x0_coefficients
-from diffaccel.samplers.schedule import NoiseSchedule
 from diffaccel.samplers.solver import SOLVERS, ExponentialAdams
 
 CURSOR_START = 2  # torch.compile keeps an integer of 0 or 1 as a constant, so a step counter must not pass them
@@ -55,7 +54,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
     Noise for `eta` > 0 comes from the pipeline's generator, in float32.
     """
 
-    _compatibles = list(boundary.OPENED)
+    _compatibles: ClassVar[list[str]] = list(boundary.OPENED)
     order = 1  # network calls per entry of `timesteps`
     _leading = "leading"  # the grid that timestep_spacing="leading" means for the Diffusers class this one replaces
 
@@ -359,7 +358,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             return_dict: return a `SolverSchedulerOutput` instead of a 1-tuple.
 
         Raises:
-            ValueError: before `set_timesteps()`, out of order, past the end, or (on the CPU) if the output is not finite.
+            ValueError: before `set_timesteps()`, out of order, past the end, or (on the CPU) for NaN or inf.
         """
         if not torch.compiler.is_compiling():
             self._check_step(model_output, timestep, sample)
@@ -408,8 +407,8 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         given = self._index(timestep)
         if given is not None and given != index:
             raise ValueError(
-                f"step() got timestep {float(timestep):g}, but step {index + 1} of {n} is due at {self._told[index]:g}: each "
-                "step is made once and in order; call set_timesteps() to start again"
+                f"step() got timestep {float(timestep):g}, but step {index + 1} of {n} is at {self._told[index]:g}; "
+                "each step is made once and in order; call set_timesteps() to start again"
             )
         if sample.dtype == torch.float64 and self._table.dtype != torch.float64:
             self._table = torch.from_numpy(self._rows)
@@ -432,7 +431,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
 
     # ---- noising (image-to-image, inpainting, training) -------------------------------------------------------------
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """alpha * original_samples + sigma * noise at `timesteps` (0-d or (B,)): nodes of the run, or any trained time."""
+        """Return alpha * original_samples + sigma * noise at `timesteps`, 0-d or (B,): nodes or any trained time."""
         times = timesteps.cpu().double().reshape(-1).numpy()
         lam = self.schedule.lambda_at(times)
         if self.num_inference_steps is not None:  # the network may be told a node's time rounded: use the node itself

@@ -90,7 +90,7 @@ def test_mean_of_stochastic_solvers_has_declared_order(name):
 
 @pytest.mark.parametrize("name", SDE)
 def test_stochastic_solvers_keep_the_variance_of_gaussian_data(name):
-    """x0 ~ N(0, c^2): after the run the samples must have that variance, to the accuracy of 200 steps and 20,000 draws."""
+    """x0 ~ N(0, c^2): after the run the samples must have that variance (20,000 draws, 200 steps)."""
     c, lam = 0.6, nodes(200, even=True)
     scheduler = scheduler_for(name)
     scheduler.set_timesteps(sigmas=scheduler.schedule.sigma_at(lam))
