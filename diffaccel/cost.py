@@ -101,7 +101,8 @@ def latency(
         fn()
         _drain()
         seconds.append(clock() - begin)
-    p20, median, p80 = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+    shares = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    p20, median, p80 = torch.tensor(seconds, dtype=torch.float64).quantile(shares).tolist()
     return Latency(median, p20, p80, runs)
 
 

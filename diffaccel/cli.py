@@ -1,0 +1,111 @@
+"""The command line: `diffaccel demo`, `diffaccel sample`, `diffaccel list`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status; what the user got wrong is said in one sentence, without a traceback."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        print("diffaccel: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError) as error:
+        print(f"diffaccel: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from diffaccel import __version__
+
+    parser = argparse.ArgumentParser(prog="diffaccel", description="Fast Diffusers pipelines, measured.")
+    parser.add_argument("--version", action="version", version=f"diffaccel {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="compare samplers on the emoji model that ships with the package")
+    demo.add_argument("--prompt", action="append", help="caption; may be given several times (default: eight captions)")
+    demo.add_argument("--steps", type=int, default=8, help="network calls of every method (default: 8)")
+    demo.add_argument("--guidance-scale", type=float, default=4.0, help="classifier-free guidance (default: 4)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the first picture (default: 0)")
+    demo.add_argument("--output", type=Path, default=Path("diffaccel-demo"), help="folder for grid.png and demo.json")
+    demo.set_defaults(run=_demo)
+
+    sample = commands.add_parser("sample", help="make pictures with any local or hub model")
+    sample.add_argument("model", help="a zoo name (emoji-sd), a folder, or a hub id")
+    sample.add_argument("--prompt", action="append", required=True, help="text; may be given several times")
+    sample.add_argument("--scheduler", default="dpmpp_2m", help="a name from `diffaccel list` (default: dpmpp_2m)")
+    sample.add_argument("--schedule", help="a name from `diffaccel list` (default: what the model's config asks for)")
+    sample.add_argument("--steps", type=int, default=10, help="network calls (default: 10)")
+    sample.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: the pipeline's)")
+    sample.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next ones count up")
+    sample.add_argument("--device", help="cpu, cuda, mps (default: what there is)")
+    sample.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32 on the CPU")
+    sample.add_argument("--output", type=Path, default=Path("diffaccel-samples"), help="folder for the pictures")
+    sample.set_defaults(run=_sample)
+
+    names = commands.add_parser("list", help="names of solvers, schedules and their aliases")
+    names.set_defaults(run=_list)
+    return parser
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from diffaccel.demo import run_demo
+
+    run_demo(args.prompt, args.steps, args.guidance_scale, args.seed, args.output)
+
+
+def _sample(args: argparse.Namespace) -> None:
+    from diffaccel.sample import sample
+
+    paths = sample(
+        args.model,
+        args.prompt,
+        scheduler=args.scheduler,
+        schedule=args.schedule,
+        steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        seed=args.seed,
+        device=args.device,
+        dtype=args.dtype,
+        output=args.output,
+    )
+    for path in paths:
+        print(path)
+
+
+def _list(args: argparse.Namespace) -> None:
+    from diffaccel.samplers.catalog import SCHEDULE_ALIASES, SCHEDULES, SOLVER_ALIASES
+    from diffaccel.samplers.solver import SOLVERS
+
+    print("solvers")
+    for name, solver in SOLVERS.items():
+        kind = "SDE" if solver.eta else "ODE"
+        aliases = [alias for alias, target in SOLVER_ALIASES.items() if target == name]
+        print(f"  {name:22} {kind}, order {solver.convergence_order}{_also(aliases)}")
+    print("schedules")
+    for name in SCHEDULES:
+        print(f"  {name:22} {SCHEDULE_NOTES[name]}{_also([a for a, t in SCHEDULE_ALIASES.items() if t == name])}")
+    print("Upper and lower case, spaces, _ and - do not matter; 'DPM++ 2M Karras' names a solver and its schedule.")
+
+
+SCHEDULE_NOTES = {
+    "linspace": "even timesteps, the last one left out",
+    "leading": "even timesteps from the clean end",
+    "trailing": "even timesteps from the noisy end",
+    "beta": "Beta(0.6, 0.6) quantiles of the timesteps",
+    "karras": "EDM's rho = 7",
+    "exponential": "even log sigma",
+    "logsnr": "even log signal-to-noise ratio",
+    "flow": "flow-matching models: even sigma, shifted",
+}
+
+
+def _also(aliases: list[str]) -> str:
+    return f"; also {', '.join(aliases)}" if aliases else ""

@@ -1,0 +1,60 @@
+"""The plain job: pictures from any local or hub model with one of our schedulers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from diffaccel import zoo
+from diffaccel.pictures import save_picture
+from diffaccel.samplers.catalog import parse_schedule, parse_solver, scheduler as make_scheduler
+
+
+def load_pipeline(model: str, device: str | None = None, dtype: str | None = None) -> DiffusionPipeline:
+    """Pipeline of a zoo name, a local folder or a hub id, on `device` (default: what there is)."""
+    device = device or _best_device()
+    kind = getattr(torch, dtype) if dtype else (torch.float32 if device == "cpu" else torch.float16)
+    pipe = zoo.load(model, dtype=kind) if model in zoo.NAMES else DiffusionPipeline.from_pretrained(model, dtype=kind)
+    return pipe.to(device)
+
+
+def sample(
+    model: str,
+    prompts: Sequence[str],
+    *,
+    scheduler: str = "dpmpp_2m",
+    schedule: str | None = None,
+    steps: int = 10,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
+    output: Path = Path("diffaccel-samples"),
+) -> list[Path]:
+    """Write one PNG per prompt into `output` and return their paths; prompt i uses seed `seed` + i."""
+    parse_solver(scheduler)  # refuse unknown names before a model is loaded
+    if schedule is not None:
+        parse_schedule(schedule)
+    if steps < 1:
+        raise ValueError(f"--steps must be 1 or more, not {steps}")
+    pipe: Any = load_pipeline(model, device, dtype)
+    pipe.scheduler = make_scheduler(scheduler, pipe, schedule=schedule)
+    options = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    output.mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    for i, prompt in enumerate(prompts):
+        generator = torch.Generator("cpu").manual_seed(seed + i)
+        picture = pipe(prompt, num_inference_steps=steps, generator=generator, **options).images[0]
+        paths.append(output / f"{i:03d}.png")
+        save_picture(picture, paths[-1])
+    return paths
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
