@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status; what the user got wrong is said in one sentence, without a traceback."""
+    """Run a command and return its exit status; bad input is answered with one sentence, not a traceback."""
     args = _parser().parse_args(argv)
     try:
         args.run(args)

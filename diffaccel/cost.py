@@ -137,8 +137,8 @@ def network_calls(pipe: Any) -> Iterator[NetworkCalls]:
     Raises:
         TypeError: if the pipeline has none of them.
     """
-    nets = {name: getattr(pipe, name, None) for name in DENOISERS}
-    nets = {name: net for name, net in nets.items() if isinstance(net, nn.Module)}
+    found = ((name, getattr(pipe, name, None)) for name in DENOISERS)
+    nets = {name: net for name, net in found if isinstance(net, nn.Module)}
     if not nets:
         raise TypeError(f"{type(pipe).__name__} has no network to count; known are {', '.join(DENOISERS)}")
     count = NetworkCalls(by_name=dict.fromkeys(nets, 0))

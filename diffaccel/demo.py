@@ -1,4 +1,4 @@
-"""The main job on a real model: the same noise through the pipeline's own scheduler, the best of Diffusers, and ours."""
+"""The main job on a real model: one noise through the pipeline's own scheduler, the best of Diffusers, and ours."""
 
 from __future__ import annotations
 

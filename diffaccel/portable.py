@@ -10,7 +10,6 @@ from typing import Any
 import diffusers
 from diffusers.utils import logging
 
-from diffaccel.samplers import config as boundary
 from diffaccel.samplers.named import DDIMSolverScheduler, UniPCScheduler
 from diffaccel.samplers.scheduler import SolverScheduler
 
@@ -45,6 +44,8 @@ def save_pretrained(pipe: Any, directory: str | Path, **kwargs: Any) -> str:
         (scratch / "new").rename(target)
     finally:
         pipe.scheduler = ours
+        if (scratch / "old").exists() and not target.exists():  # interrupted between the two renames
+            (scratch / "old").rename(target)
         shutil.rmtree(scratch)
     name = type(stock).__name__
     if stock is not ours:
@@ -57,20 +58,25 @@ def save_pretrained(pipe: Any, directory: str | Path, **kwargs: Any) -> str:
 
 def _stock_scheduler(ours: SolverScheduler) -> Any:
     """Scheduler of the stock class that runs the same network, with our config's keys."""
-    config = dict(ours.config)
-    if boundary.is_flow(config | {"prediction_type": ours.prediction_type}):
+    config = {k: v for k, v in ours.config.items() if k != "_use_default_values"}
+    unipc = isinstance(ours, UniPCScheduler)
+    if config["prediction_type"] == "flow_prediction" and not config["use_flow_sigmas"]:
         stock = diffusers.FlowMatchEulerDiscreteScheduler
     elif config["sigma_data"] is not None:
         stock = diffusers.EDMDPMSolverMultistepScheduler
     elif isinstance(ours, DDIMSolverScheduler):
         stock = diffusers.DDIMScheduler
     else:
-        stock = (
-            diffusers.UniPCMultistepScheduler
-            if isinstance(ours, UniPCScheduler)
-            else (diffusers.DPMSolverMultistepScheduler)
-        )
-    return stock.from_config(config)
+        stock = diffusers.UniPCMultistepScheduler if unipc else diffusers.DPMSolverMultistepScheduler
+    # Two keys on which the stock classes fail (docs/parity.md) are kept where only ours look.
+    options = dict(config["solver_options"] or {})
+    if config["use_beta_sigmas"]:
+        config["use_beta_sigmas"] = False
+        options.setdefault("schedule", "beta")
+    if unipc and config["solver_type"] == "bh1":
+        config["solver_type"] = "bh2"
+        options.setdefault("second", "bh1")
+    return stock.from_config(config | {"solver_options": options or None})
 
 
 def register_loadable() -> None:

@@ -11,7 +11,8 @@ from diffusers import DiffusionPipeline
 
 from diffaccel import zoo
 from diffaccel.pictures import save_picture
-from diffaccel.samplers.catalog import parse_schedule, parse_solver, scheduler as make_scheduler
+from diffaccel.samplers.catalog import parse_schedule, parse_solver
+from diffaccel.samplers.catalog import scheduler as make_scheduler
 
 
 def load_pipeline(model: str, device: str | None = None, dtype: str | None = None) -> DiffusionPipeline:

@@ -128,8 +128,11 @@ def paired_interval(
     table = _by_cluster(values, prompts)
     if len(table) < 2:
         raise ValueError("an interval over prompts needs at least 2 of them")
-    draws = np.random.default_rng(seed).integers(len(table), size=(resamples, len(table)))
-    medians = np.array([np.nanmedian(table[draw]) for draw in draws])
+    rng = np.random.default_rng(seed)
+    parts = [
+        min(500, resamples - i) for i in range(0, resamples, 500)
+    ]  # bounds the memory, whatever the number of pairs
+    medians = np.concatenate([_medians(table, rng.integers(len(table), size=(n, len(table)))) for n in parts])
     low, high = np.quantile(medians, [0.025, 0.975], method="closest_observation")  # no inf - inf between neighbours
     numbers = np.array([np.median(values), low, high])
     median, low, high = (np.exp(numbers) if ratio else numbers).tolist()
@@ -150,6 +153,16 @@ def _by_cluster(values: NDArray[np.float64], clusters: Sequence[Any]) -> NDArray
     for row, group in zip(table, groups.values(), strict=True):
         row[: len(group)] = group
     return table
+
+
+def _medians(table: NDArray[np.float64], draws: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Median over all numbers of the drawn rows, for each line of `draws`; np.nanmedian is 20 times slower."""
+    drawn = np.sort(table[draws].reshape(len(draws), -1), axis=1)  # NaN last
+    count = (~np.isnan(table)).sum(1)[draws].sum(1)
+    each = np.arange(len(draws))
+    with np.errstate(invalid="ignore"):
+        low, high = drawn[each, (count - 1) // 2], drawn[each, count // 2]
+        return np.where(low == high, low, (low + high) / 2)  # inf stays inf
 
 
 def _check_pair(a: Tensor, b: Tensor) -> None:

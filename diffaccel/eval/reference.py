@@ -90,8 +90,8 @@ def converged_reference(
 ) -> Reference:
     """Run the pipeline to convergence for every prompt and seed.
 
-    The pipeline is left as it was. With `cache`, finished prompt batches are kept in that folder under a hash of
-    weights and settings, and an interrupted run goes on from there.
+    The pipeline is left as it was. With `cache`, finished pairs are kept in that folder under a hash of weights and
+    settings: an interrupted run goes on from there, and runs on other prompts or seeds share what they have in common.
 
     Args:
         pipe: a text-to-image pipeline of Diffusers.
@@ -101,7 +101,7 @@ def converged_reference(
         settings: how the reference is computed.
         cache: folder for the results.
         batch_prompts: prompts per call of the pipeline, each with all its seeds.
-        progress: show a progress bar over prompt batches.
+        progress: show a progress bar over pairs.
         call: further arguments of the pipeline, such as height; they must have a JSON form.
 
     Raises:
@@ -110,35 +110,33 @@ def converged_reference(
     if not prompts or not seeds or len(set(prompts)) < len(prompts) or len(set(seeds)) < len(seeds):
         raise ValueError("give at least one prompt and one seed, and each of them once")
     settings = settings or ReferenceSettings()
+    pairs = tuple((prompt, seed) for prompt in prompts for seed in seeds)
     name = json.dumps([asdict(settings), guidance_scale, call, reference_key(pipe)], sort_keys=True)
     folder = Path(cache) / _digest(name) if cache is not None else None
-    batches = [list(prompts[i : i + batch_prompts]) for i in range(0, len(prompts), batch_prompts)]
-    parts = []
-    for batch in tqdm(
-        batches, desc=f"reference, {settings.steps} and {2 * settings.steps} steps", disable=not progress
-    ):
-        file = folder / f"{_digest(json.dumps([batch, list(seeds)]))}.safetensors" if folder else None
-        if file is not None and file.exists():
-            parts.append(load_file(file))
-            continue
-        solutions = [_solve(pipe, batch, seeds, settings, n, guidance_scale, call) for n in (1, 2)]
-        parts.append({"latents": solutions[1], "errors": latent_mse(*solutions)})
-        if file is not None:
-            _save(parts[-1], file)
-    latents, errors = (torch.cat([part[key] for part in parts]) for key in ("latents", "errors"))
-    return Reference(latents, errors, tuple((prompt, seed) for prompt in prompts for seed in seeds))
+    files = {pair: folder / f"{_digest(json.dumps(pair))}.safetensors" for pair in pairs} if folder else {}
+    found = {pair: load_file(file) for pair, file in files.items() if file.exists()}
+    missing, size = [pair for pair in pairs if pair not in found], batch_prompts * len(seeds)
+    with tqdm(total=len(pairs), initial=len(found), desc="converged reference", disable=not progress) as bar:
+        for batch in (missing[i : i + size] for i in range(0, len(missing), size)):
+            once, twice = (_solve(pipe, batch, settings, times, guidance_scale, call) for times in (1, 2))
+            for pair, latents, error in zip(batch, twice, latent_mse(once, twice), strict=True):
+                found[pair] = {"latents": latents.clone(), "error": error.clone()}
+                if files:
+                    _save(found[pair], files[pair])
+            bar.update(len(batch))
+    latents, errors = (torch.stack([found[pair][key] for pair in pairs]) for key in ("latents", "error"))
+    return Reference(latents, errors, pairs)
 
 
 def _solve(
     pipe: Any,
-    prompts: list[str],
-    seeds: Sequence[int],
+    pairs: Sequence[tuple[str, int]],
     settings: ReferenceSettings,
     times: int,
     guidance_scale: float,
     call: dict[str, Any],
 ) -> Tensor:
-    """Latents of one prompt batch with `times` * N steps, float32 on the CPU."""
+    """Latents of some pairs with `times` * N steps, float32 on the CPU."""
     options = {k: v for k, v in asdict(settings).items() if k not in ("solver", "steps")}
     before = pipe.scheduler
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
@@ -146,10 +144,10 @@ def _solve(
     try:
         pipe.scheduler = diffaccel.scheduler(settings.solver, before.config, **options)
         images = pipe(
-            [prompt for prompt in prompts for _ in seeds],
+            [prompt for prompt, _ in pairs],
             num_inference_steps=times * settings.steps,
             guidance_scale=guidance_scale,
-            generator=[pair_generator(prompt, seed) for prompt in prompts for seed in seeds],
+            generator=[pair_generator(*pair) for pair in pairs],
             output_type="latent",
             **call,
         ).images

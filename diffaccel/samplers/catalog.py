@@ -12,7 +12,8 @@ from diffaccel.samplers.named import DDIMSolverScheduler, DPMSolverScheduler, Fl
 from diffaccel.samplers.scheduler import SolverScheduler
 from diffaccel.samplers.solver import SOLVERS
 
-SCHEDULES = tuple(name for name in SPACINGS if name != "ddim_uniform")
+# Two spacings are what a config key means for one Diffusers class, and are not asked for by name.
+SCHEDULES = tuple(name for name in SPACINGS if name not in ("ddim_uniform", "flow_linspace"))
 
 # Other programs' names, squeezed (see `_squeeze`), and what they are here. Schedule names may follow a solver's.
 SOLVER_ALIASES = {
@@ -113,6 +114,8 @@ def _schedule_names() -> dict[str, str]:
 
 
 def _squeeze(name: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"unknown name {name!r}; solvers and schedules are strings such as 'dpmpp_2m' and 'karras'")
     return re.sub(r"[\s_-]+", " ", name.strip().lower())
 
 
@@ -122,7 +125,7 @@ def _class_keys(name: str, flow: bool) -> tuple[type[SolverScheduler], dict[str,
     if name in ("ddim", "euler"):
         return (FlowEulerScheduler if flow else DDIMSolverScheduler), {}
     if name.startswith("unipc"):
-        return UniPCScheduler, {"solver_order": rule.order}
+        return UniPCScheduler, {"solver_order": rule.order, "solver_type": "bh1" if rule.second == "bh1" else "bh2"}
     keys: dict[str, Any] = {"solver_order": rule.order}
     keys["algorithm_type"] = "sde-dpmsolver++" if rule.eta else "dpmsolver++"
     if rule.halve_curvature:

@@ -44,7 +44,26 @@ FOREIGN_KEYS = {
     "scale_factors": "a multi-scale flow (FlowMatchLCM)",
     "num_vec_classes": "a discrete (VQ) diffusion",
     "masking_schedule": "a masked (non-Gaussian) diffusion",
+    "clip_denoised": "a consistency model",
+    "stage_range": "a flow in stages (Helios)",
+    "num_policy_substeps": "a policy flow (Piflow)",
 }
+# What the network was trained on. Diffusers' from_config drops keys that the source left at its default, but classes
+# differ in their defaults (Heun's betas are not DDPM's): these are carried over as they are.
+NETWORK_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+    "timestep_type",
+    "sigma_min",
+    "sigma_max",
+    "sigma_data",
+    "shift",
+)
 # Values that name another family's algorithm, and the default that takes their place.
 OTHER_FAMILY = {
     "algorithm_type": (("deis", "data_prediction", "noise_prediction"), "dpmsolver++"),
@@ -59,24 +78,28 @@ def adopt(config: Mapping[str, Any], own_names: tuple[str, ...]) -> dict[str, An
     name = config.get("_class_name")
     if name is not None and name not in OPENED + own_names:
         raise ValueError(f"cannot take over a {name} config; ours open those of {', '.join(OPENED)}")
-    if "num_train_timesteps" not in config:
-        raise ValueError("this is not a scheduler's config: num_train_timesteps is missing; pass pipe.scheduler.config")
+    edm = {"sigma_data", "sigma_schedule"} <= config.keys()
+    if "num_train_timesteps" not in config or not (edm or "beta_start" in config or "shift" in config):
+        raise ValueError("this is not a scheduler's config that ours know; pass pipe.scheduler.config")
     for key, what in FOREIGN_KEYS.items():
         if key in config:
             raise ValueError(f"cannot take over this scheduler config: its {key} belongs to {what}")
     for key in ("invert_sigmas", "stochastic_sampling"):
         if config.get(key):
             raise ValueError(f"cannot take over this scheduler config: {key}=True is not supported")
-    overrides: dict[str, Any] = {}
+    if config.get("rho", 7.0) != 7.0:
+        raise ValueError(
+            f"cannot take over this scheduler config: rho={config['rho']:g}, and ours use Karras' rho of 7"
+        )
+    overrides: dict[str, Any] = {key: config[key] for key in NETWORK_KEYS if key in config}
     for key, (values, default) in OTHER_FAMILY.items():
         if config.get(key) in values:
             overrides[key] = default
     if is_flow_match(config):
         overrides["prediction_type"] = "flow_prediction"
-    if "sigma_data" in config and config["sigma_data"] is not None:  # keys that EDM schedulers left at their default
-        overrides |= {k: config[k] for k in ("sigma_min", "sigma_max", "sigma_data") if k in config}
-        overrides["use_exponential_sigmas"] = config.get("sigma_schedule") == "exponential"
-        overrides["use_karras_sigmas"] = not overrides["use_exponential_sigmas"]
+    if edm and "use_karras_sigmas" not in config:  # in EDM's own words
+        key = "use_exponential_sigmas" if config["sigma_schedule"] == "exponential" else "use_karras_sigmas"
+        overrides[key] = True
     return overrides
 
 
@@ -109,11 +132,12 @@ def noise_schedule(c: Mapping[str, Any]) -> NoiseSchedule:
 def alphas_cumprod(c: Mapping[str, Any]) -> np.ndarray:
     """(T,) float64 products of 1 - beta of a VP config."""
     trained = c["trained_betas"]
-    values = (
-        betas(c["beta_schedule"], c["beta_start"], c["beta_end"], c["num_train_timesteps"])
-        if trained is None
-        else np.asarray(trained, dtype=np.float64)
-    )
+    if trained is None:
+        values = betas(c["beta_schedule"], c["beta_start"], c["beta_end"], c["num_train_timesteps"])
+    else:
+        values = np.asarray(trained, dtype=np.float64)
+    if values.ndim != 1 or not ((values > 0) & (values < 1)).all():
+        raise ValueError("betas must be a list of numbers between 0 and 1; check beta_start, beta_end or trained_betas")
     alpha_bar = np.cumprod(1.0 - values)
     return zero_terminal_snr(alpha_bar) if c["rescale_betas_zero_snr"] else alpha_bar
 
@@ -126,6 +150,8 @@ def spacing(c: Mapping[str, Any]) -> str:
     for key, name in SPACING_KEYS.items():
         if c[key]:
             return name
+    if c["use_flow_sigmas"]:
+        return "flow_linspace"
     return "flow" if is_flow(c) else c["timestep_spacing"]
 
 

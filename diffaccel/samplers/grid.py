@@ -63,6 +63,11 @@ def trailing(last: int, n: int, offset: int) -> FloatArray:
     return (last + 1) * (1 - np.arange(n) / n) - 1
 
 
+def flow_linspace(last: int, n: int, offset: int) -> FloatArray:
+    """N of n + 1 evenly spaced sigmas from 1 to 1 / T, the last one left out: `use_flow_sigmas` of Diffusers' UniPC."""
+    return np.linspace(last, 1, n + 1)[:-1]
+
+
 def beta(last: int, n: int, offset: int) -> FloatArray:
     """Quantiles of Beta(0.6, 0.6) over the *timesteps* (arXiv:2407.12173).
 
@@ -87,6 +92,7 @@ INDEX_SPACINGS: dict[str, Callable[[int, int, int], FloatArray]] = {
     "leading": leading,
     "ddim_uniform": ddim_uniform,
     "trailing": trailing,
+    "flow_linspace": flow_linspace,
     "beta": beta,
 }
 SIGMA_SPACINGS: dict[str, Callable[[float, float, int], FloatArray]] = {"karras": karras, "exponential": exponential}
@@ -103,6 +109,7 @@ def time_grid(
     offset: int = 0,
     shift: float = 1.0,
     stretch_to: float | None = None,
+    sigma_range: tuple[float | None, float | None] = (None, None),
 ) -> TimeGrid:
     """Grid of `n` network calls, 1 <= n <= T, that ends at sigma = 0 or at the smallest trained sigma.
 
@@ -116,14 +123,16 @@ def time_grid(
         shift: flow paths only: the static shift of SD3 (arXiv:2403.03206, eq. 23). It multiplies sigma / alpha, which
             in log-SNR is a translation by -log(shift).
         stretch_to: flow paths only: stretch 1 - sigma so that the last call is made at this sigma (LTX).
+        sigma_range: (smallest, largest) sigma of `karras` and `exponential`; None is the trained one.
     """
     if spacing not in SPACINGS:
         raise ValueError(f"unknown schedule {spacing!r}; use {', '.join(SPACINGS)}")
-    if spacing == "flow" and schedule.path != "flow":
+    if spacing in ("flow", "flow_linspace") and schedule.path != "flow":
         raise ValueError("schedule 'flow' is for flow-matching models; use linspace, trailing, karras or logsnr here")
-    if not 1 <= n <= len(schedule.lambdas):
-        raise ValueError(f"steps must be between 1 and the {len(schedule.lambdas)} training timesteps, not {n}")
-    lam = _nodes(schedule, n + 1 if final == "sigma_min" else n, n, spacing, clock, offset, shift)
+    if not 1 <= n <= schedule.count:
+        raise ValueError(f"steps must be between 1 and the {schedule.count} training timesteps, not {n}")
+    nodes = n + 1 if final == "sigma_min" else n
+    lam = _nodes(schedule, nodes, n, spacing, clock, offset, shift, sigma_range)
     if schedule.path == "flow" and stretch_to is not None:
         lam = _stretched(schedule, lam, n, stretch_to)
     end = math.inf
@@ -146,16 +155,17 @@ def grid_from_sigmas(
     *,
     shift: float = 1.0,
     stretch_to: float | None = None,
+    timesteps: Sequence[float] | FloatArray | None = None,
 ) -> TimeGrid:
     """Grid of given `sigmas` (see `NoiseSchedule.sigma_at`), strictly decreasing; a last 0 may be left out.
 
     On flow paths they are shifted and stretched as `time_grid` says, since that is what pipelines of flow models
-    expect of the sigmas they pass.
+    expect of the sigmas they pass. `timesteps`, one for each, change what the network is told and nothing else.
     """
-    values = np.asarray(sigmas, dtype=np.float64)
+    values = _numbers(sigmas)
     if values.size and values[-1] == 0:
         values = values[:-1]
-    if values.ndim != 1 or not values.size or not (np.diff(values) < 0).all() or not values[-1] > 0:
+    if not values.size or not (np.diff(values) < 0).all() or not values[-1] > 0:
         raise ValueError(
             "sigmas must be a list of positive numbers that fall from step to step, such as [14.6, 2.1, 0]"
         )
@@ -165,20 +175,34 @@ def grid_from_sigmas(
     if schedule.path == "flow":
         lam = lam - math.log(shift)
         lam = lam if stretch_to is None else _stretched(schedule, lam, len(lam), stretch_to)
-    return TimeGrid((*map(float, lam), math.inf), schedule.time_at(lam))
+    times = schedule.time_at(lam) if timesteps is None else _numbers(timesteps)
+    if len(times) != len(lam):
+        raise ValueError(f"{len(times)} timesteps were given for {len(lam)} sigmas")
+    if not (np.diff(times) <= 0).all():
+        raise ValueError("timesteps must be a list of numbers that fall from step to step, such as [999, 666, 333]")
+    return TimeGrid((*map(float, lam), math.inf), times)
 
 
 def grid_from_timesteps(schedule: NoiseSchedule, timesteps: Sequence[float] | FloatArray, final: Final) -> TimeGrid:
     """Grid of given network times, strictly decreasing and inside the trained range."""
-    times = np.asarray(timesteps, dtype=np.float64)
+    times = _numbers(timesteps)
     low, high = schedule.times[0], schedule.times[-1]
-    if times.ndim != 1 or not times.size or not (np.diff(times) < 0).all():
+    if not times.size or not (np.diff(times) < 0).all():
         raise ValueError("timesteps must be a list of numbers that fall from step to step, such as [999, 666, 333]")
     if not (low <= times[-1] and times[0] <= high):
         raise ValueError(f"timesteps must lie between {low:g} and {high:g}, the trained range")
     lam = schedule.lambda_at(times)
     end = schedule.lambda_min_noise if final == "sigma_min" and schedule.lambda_min_noise > lam[-1] else math.inf
     return TimeGrid((*map(float, lam), end), times)
+
+
+def _numbers(values: Sequence[float] | FloatArray) -> FloatArray:
+    """Float64 list of finite numbers; empty for anything else, which the callers refuse in their own words."""
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        return np.empty(0)
+    return array if array.ndim == 1 and np.isfinite(array).all() else np.empty(0)
 
 
 def beta_quantile(q: FloatArray, a: float, b: float) -> FloatArray:
@@ -201,7 +225,14 @@ def beta_quantile(q: FloatArray, a: float, b: float) -> FloatArray:
 
 
 def _nodes(
-    schedule: NoiseSchedule, nodes: int, n: int, spacing: str, clock: Clock, offset: int, shift: float
+    schedule: NoiseSchedule,
+    nodes: int,
+    n: int,
+    spacing: str,
+    clock: Clock,
+    offset: int,
+    shift: float,
+    sigma_range: tuple[float | None, float | None],
 ) -> FloatArray:
     """Half log-SNR of the calls; sigma spacings with `nodes` = n + 1 also give the end of the run."""
     if spacing in INDEX_SPACINGS:
@@ -221,6 +252,7 @@ def _nodes(
         start = float(schedule.lambda_at(schedule.times[-2])) - _shift_of(schedule, shift)
         return np.linspace(start if schedule.path == "flow" else ends[0], ends[1], nodes)
     high, low = (float(s) for s in schedule.sigma_at(ends))
+    low, high = sigma_range[0] or low, sigma_range[1] or high
     return schedule.lambda_of_sigma(SIGMA_SPACINGS[spacing](high, low, nodes))
 
 

@@ -7,17 +7,19 @@ from typing import Any
 
 from torch import Tensor
 
+from diffaccel.samplers.config import is_flow_match
 from diffaccel.samplers.grid import Final
 from diffaccel.samplers.scheduler import SolverScheduler
 from diffaccel.samplers.solver import ALWAYS, SOLVERS, ExponentialAdams, SecondOrder
 
-SOLVER_TYPES: dict[str, SecondOrder] = {"midpoint": "midpoint", "bh2": "midpoint", "heun": "exact", "bh1": "bh1"}
 
-
-def _second_order(solver_type: str) -> SecondOrder:
-    if solver_type not in SOLVER_TYPES:
-        raise ValueError(f"unknown solver_type {solver_type!r}; use {', '.join(SOLVER_TYPES)}")
-    return SOLVER_TYPES[solver_type]
+def _second_order(solver_type: str, own: str) -> SecondOrder:
+    """Rule of Diffusers' `solver_type`; other families' values than `own` mean the default, as in Diffusers."""
+    known = ("midpoint", "heun", "bh1", "bh2")
+    if solver_type not in known:
+        raise ValueError(f"unknown solver_type {solver_type!r}; use {', '.join(known)}")
+    rules: dict[str, SecondOrder] = {"heun": "exact", "bh1": "bh1"}
+    return rules[solver_type] if solver_type == own else "midpoint"
 
 
 class DPMSolverScheduler(SolverScheduler):
@@ -35,7 +37,7 @@ class DPMSolverScheduler(SolverScheduler):
             raise ValueError(f"algorithm_type {algorithm!r} is not supported; use dpmsolver++ or sde-dpmsolver++")
         return ExponentialAdams(
             order=self.config["solver_order"],
-            second=_second_order(self.config["solver_type"]),
+            second=_second_order(self.config["solver_type"], own="heun"),
             eta=1.0 if algorithm.startswith("sde") else 0.0,
             lower_final=15 if self.config["lower_order_final"] else 0,
         )
@@ -46,10 +48,9 @@ class UniPCScheduler(SolverScheduler):
 
     def make_solver(self) -> ExponentialAdams:
         """UniPC of `solver_order`; `solver_type` bh1 or bh2, other families' values mean bh2 as in Diffusers."""
-        second = _second_order(self.config["solver_type"])
         return ExponentialAdams(
             order=self.config["solver_order"],
-            second="bh1" if second == "bh1" else "midpoint",
+            second=_second_order(self.config["solver_type"], own="bh1"),
             corrector=True,
             lower_final=ALWAYS if self.config["lower_order_final"] else 0,
         )
@@ -86,20 +87,17 @@ class DDIMSolverScheduler(SolverScheduler):
 class FlowEulerScheduler(SolverScheduler):
     """Euler for flow-matching models (SD3, arXiv:2403.03206); for `FlowMatchEulerDiscreteScheduler`."""
 
+    _always_flow = True
+
     @classmethod
     def _adopt(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        flow = "beta_start" not in config or config.get("prediction_type") == "flow_prediction"
+        flow = is_flow_match(config) or config.get("prediction_type") == "flow_prediction"
         if not flow and not config.get("use_flow_sigmas"):
             raise ValueError(
-                "FlowEulerScheduler is for flow-matching models, and this config has a beta schedule; use "
-                "DDIMSolverScheduler, which is the same first-order rule for such models"
+                "FlowEulerScheduler is for flow-matching models, and this config is of another kind; use "
+                "DDIMSolverScheduler, which is the same first-order rule"
             )
         return {}
-
-    @property
-    def prediction_type(self) -> str:
-        """Always eps - x0."""
-        return "flow_prediction"
 
     def make_solver(self) -> ExponentialAdams:
         """First order."""

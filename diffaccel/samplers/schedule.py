@@ -57,6 +57,11 @@ class NoiseSchedule:
         return cls("flow", _flow_lambda(times / steps), times)
 
     @property
+    def count(self) -> int:
+        """Number of training timesteps; the table of a flow path also holds sigma = 0."""
+        return len(self.lambdas) - (self.path == "flow")
+
+    @property
     def lambda_min_noise(self) -> float:
         """Half log-SNR of the least noise the network was trained on (at sigma = 1 / T on flow paths)."""
         return float(self.lambda_at(self.times[1])) if self.path == "flow" else float(self.lambdas[0])

@@ -57,6 +57,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
     _compatibles: ClassVar[list[str]] = list(boundary.OPENED)
     order = 1  # network calls per entry of `timesteps`
     _leading = "leading"  # the grid that timestep_spacing="leading" means for the Diffusers class this one replaces
+    _always_flow = False  # whether the class is for flow models only
 
     @register_to_config
     def __init__(
@@ -103,9 +104,11 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         clip_sample_range: float = 1.0,
         solver_options: dict[str, Any] | None = None,
     ) -> None:
-        if self.prediction_type not in PREDICTION_TYPES:
+        if self._always_flow:
+            self.register_to_config(prediction_type="flow_prediction")
+        elif prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"unknown prediction_type {prediction_type!r}; use {', '.join(PREDICTION_TYPES)}")
-        self.schedule = boundary.noise_schedule(self._effective_config())
+        self.schedule = boundary.noise_schedule(self.config)
         self.solver = self._solver_with_options()
         if self.schedule.path == "vp":
             alpha = np.array([self.schedule.alpha_sigma(lam)[0] for lam in self.schedule.lambdas])
@@ -124,6 +127,10 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         keyword arguments override keys. Raises `ValueError` or `TypeError` with the reason for anything else.
         """
         overrides = boundary.adopt(config, tuple(c.__name__ for c in (SolverScheduler, *_subclasses(SolverScheduler))))
+        options = dict(config.get("solver_options") or {})
+        if "solver" in options and cls.make_solver is not SolverScheduler.make_solver:
+            del options["solver"]  # this class has its own
+            overrides["solver_options"] = options or None
         return super().from_config(dict(config), return_unused_kwargs, **(overrides | cls._adopt(config) | kwargs))
 
     @classmethod
@@ -135,9 +142,6 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
     def prediction_type(self) -> str:
         """What the network predicts."""
         return self.config["prediction_type"]
-
-    def _effective_config(self) -> dict[str, Any]:
-        return {**self.config, "prediction_type": self.prediction_type}
 
     def _options(self) -> dict[str, Any]:
         return dict(self.config["solver_options"] or {})
@@ -212,19 +216,30 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         shift = self._shift(mu)
         final = self._final()
         if sigmas is not None:
-            grid = grid_from_sigmas(self.schedule, np.asarray(sigmas), shift=shift, stretch_to=c["shift_terminal"])
-            if timesteps is not None:
-                if len(timesteps) != len(grid.timesteps):
-                    raise ValueError(f"{len(timesteps)} timesteps were given for {len(grid.timesteps)} sigmas")
-                grid = replace(grid, timesteps=np.asarray(timesteps, dtype=np.float64))
+            grid = grid_from_sigmas(
+                self.schedule, sigmas, shift=shift, stretch_to=c["shift_terminal"], timesteps=timesteps
+            )
+            spacing = boundary.spacing(c)
+            if self.schedule.path == "flow" and timesteps is None and not spacing.startswith("flow"):
+                # Flux-like pipelines pass evenly spaced sigmas whatever the scheduler: a spacing asked for by name
+                # takes their number and ends, as in FlowMatchEulerDiscreteScheduler.
+                ends = self.schedule.sigma_at([grid.lambdas[-2], grid.lambdas[0]])
+                grid = time_grid(
+                    self.schedule,
+                    len(grid.timesteps),
+                    spacing,
+                    final=final,
+                    shift=shift,
+                    sigma_range=(float(ends[0]), float(ends[1])),
+                )
         elif timesteps is not None:
-            grid = grid_from_timesteps(self.schedule, np.asarray(timesteps), final)
+            grid = grid_from_timesteps(self.schedule, timesteps, final)
         else:
             if not isinstance(n, (int, np.integer)) or isinstance(n, bool):
                 raise ValueError(f"pass num_inference_steps (a whole number), timesteps or sigmas; got {n!r}")
             n = int(n)
             twice = second_call_needed(self.solver, options.get("start", "euler"), n)
-            spacing = boundary.spacing(self._effective_config())
+            spacing = boundary.spacing(self.config)
             grid = time_grid(
                 self.schedule,
                 n - twice,
@@ -234,6 +249,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
                 offset=c["steps_offset"],
                 shift=shift,
                 stretch_to=c["shift_terminal"],
+                sigma_range=(c["sigma_min"], c["sigma_max"]),
             )
             return grid.with_second_call() if twice else grid
         if n is not None and n != len(grid.timesteps):
@@ -250,7 +266,10 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         """Static shift of a flow path; with dynamic shifting, the one that `mu` stands for."""
         c = self.config
         if not c["use_dynamic_shifting"]:
-            return float(c["flow_shift"] if c["use_flow_sigmas"] else c["shift"])
+            shift = float(c["flow_shift"] if c["use_flow_sigmas"] else c["shift"])
+            if not shift > 0:
+                raise ValueError(f"the shift of a flow model must be above 0 (1 is none), not {shift:g}")
+            return shift
         if mu is None:
             raise ValueError("this model shifts its noise levels with the picture size; pass mu to set_timesteps()")
         return math.exp(mu) if c["time_shift_type"] == "exponential" else float(mu)

@@ -167,6 +167,8 @@ SOLVERS: dict[str, ExponentialAdams] = {
     "dpmpp_2m_sde": ExponentialAdams(order=2, second="midpoint", eta=1.0),
     "dpmpp_3m_sde": ExponentialAdams(order=3, second="midpoint", eta=1.0),
     "dpmpp_3m_sde_shipped": ExponentialAdams(order=3, second="midpoint", eta=1.0, halve_curvature=True),
+    "unipc_1": ExponentialAdams(order=1, second="midpoint", corrector=True, lower_final=ALWAYS),
+    "unipc_1_bh1": ExponentialAdams(order=1, second="bh1", corrector=True, lower_final=ALWAYS),
     "unipc": ExponentialAdams(order=2, second="midpoint", corrector=True, lower_final=ALWAYS),
     "unipc_3": ExponentialAdams(order=3, second="midpoint", corrector=True, lower_final=ALWAYS),
 }

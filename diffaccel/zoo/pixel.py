@@ -1,4 +1,4 @@
-"""PixelPipeline: class-conditional or unconditional models that make pixels, for which Diffusers has no stock pipeline."""
+"""PixelPipeline: for models that make pixels, class-conditional or not, which no stock pipeline fits."""
 
 from __future__ import annotations
 
