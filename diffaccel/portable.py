@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -26,22 +27,27 @@ def save_pretrained(pipe: Any, directory: str | Path, **kwargs: Any) -> str:
     Args:
         pipe: a Diffusers pipeline; it is not changed.
         directory: folder to write. It is written under a temporary name first, and an existing pipeline folder is
-            replaced as a whole. A folder that holds something else is refused.
+            replaced; files in it that are not part of the pipeline stay. A folder without a pipeline is refused.
         kwargs: passed to `DiffusionPipeline.save_pretrained` (`variant`, `max_shard_size`, ...).
     """
-    target = Path(directory)
+    if not hasattr(pipe, "scheduler") or not hasattr(pipe, "save_pretrained"):
+        raise TypeError(f"expected a Diffusers pipeline with a scheduler, not {type(pipe).__name__}")
+    target = Path(directory).resolve()
     if target.exists() and not (target / "model_index.json").exists() and (target.is_file() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not a pipeline folder; choose an empty or a new folder")
     ours = pipe.scheduler
     stock = _stock_scheduler(ours) if isinstance(ours, SolverScheduler) else ours
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    if kwargs.get("push_to_hub"):
+        kwargs.setdefault("repo_id", target.name)
     try:
         pipe.scheduler = stock
         pipe.save_pretrained(scratch / "new", **kwargs)
         if target.exists():
             target.rename(scratch / "old")
         (scratch / "new").rename(target)
+        _keep_other_files(scratch / "old", target)
     finally:
         pipe.scheduler = ours
         if (scratch / "old").exists() and not target.exists():  # interrupted between the two renames
@@ -56,6 +62,16 @@ def save_pretrained(pipe: Any, directory: str | Path, **kwargs: Any) -> str:
     return name
 
 
+def _keep_other_files(old: Path, new: Path) -> None:
+    """Move what lay beside an old pipeline (a LoRA, pictures) into the new folder; parts of the pipeline go."""
+    if not (old / "model_index.json").exists():
+        return  # there was no pipeline before
+    parts = json.loads((old / "model_index.json").read_text()).keys()
+    for entry in old.iterdir():
+        if entry.name not in parts and not (new / entry.name).exists():
+            entry.rename(new / entry.name)
+
+
 def _stock_scheduler(ours: SolverScheduler) -> Any:
     """Scheduler of the stock class that runs the same network, with our config's keys."""
     config = {k: v for k, v in ours.config.items() if k != "_use_default_values"}
@@ -64,7 +80,7 @@ def _stock_scheduler(ours: SolverScheduler) -> Any:
         stock = diffusers.FlowMatchEulerDiscreteScheduler
     elif config["sigma_data"] is not None:
         stock = diffusers.EDMDPMSolverMultistepScheduler
-    elif isinstance(ours, DDIMSolverScheduler):
+    elif isinstance(ours, DDIMSolverScheduler) and not config["use_flow_sigmas"]:
         stock = diffusers.DDIMScheduler
     else:
         stock = diffusers.UniPCMultistepScheduler if unipc else diffusers.DPMSolverMultistepScheduler

@@ -29,6 +29,7 @@ OURS: dict[str, Callable[[], SolverScheduler]] = {
     "flow_euler": lambda: FlowEulerScheduler(shift=3.0),
     "flow_dpm": lambda: DPMSolverScheduler(prediction_type="flow_prediction", shift=3.0, solver_order=3),
     "sana": lambda: DPMSolverScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    "sana_ddim": lambda: DDIMSolverScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
     "edm": lambda: DPMSolverScheduler(**EDM, use_karras_sigmas=True),
     "edm_logsnr": lambda: DPMSolverScheduler(**EDM, use_lu_lambdas=True),
 }
@@ -41,6 +42,7 @@ STOCK = {
     "flow_euler": "FlowMatchEulerDiscreteScheduler",
     "flow_dpm": "FlowMatchEulerDiscreteScheduler",
     "sana": "DPMSolverMultistepScheduler",
+    "sana_ddim": "DPMSolverMultistepScheduler",
     "edm": "EDMDPMSolverMultistepScheduler",
     "edm_logsnr": "EDMDPMSolverMultistepScheduler",
 }
@@ -173,13 +175,15 @@ def test_portable_save_of_a_stock_scheduler_is_plain(tmp_path: Path, caplog: pyt
     assert type(_open(tmp_path, pipe).scheduler) is diffusers.DDIMScheduler
 
 
-def test_portable_save_replaces_a_pipeline_folder_as_a_whole(tmp_path: Path) -> None:
+def test_portable_save_replaces_a_pipeline_and_keeps_what_lies_beside_it(tmp_path: Path) -> None:
     target = tmp_path / "out"
     diffaccel.save_pretrained(_pipe("dpm")[0], target)
-    (target / "stale.txt").touch()
+    (target / "transformer" / "stale.txt").touch()
+    (target / "lora.safetensors").touch()
     diffaccel.save_pretrained(_pipe("ddim")[0], target)
     assert _index(target)["scheduler"] == ["diffusers", "DDIMScheduler"]
-    assert not (target / "stale.txt").exists()
+    assert not (target / "transformer" / "stale.txt").exists()
+    assert (target / "lora.safetensors").exists()
     assert list(tmp_path.iterdir()) == [target]
 
 
@@ -227,6 +231,11 @@ def test_portable_save_refuses_to_replace_anything_else(tmp_path: Path, kind: st
     with pytest.raises(ValueError, match="is not a pipeline folder; choose"):
         diffaccel.save_pretrained(_pipe("dpm")[0], target)
     assert target.exists()
+
+
+def test_portable_save_of_something_else_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="expected a Diffusers pipeline"):
+        diffaccel.save_pretrained(torch.nn.Linear(1, 1), tmp_path / "out")
 
 
 def test_portable_save_passes_arguments_on(tmp_path: Path) -> None:

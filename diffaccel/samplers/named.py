@@ -46,6 +46,12 @@ class DPMSolverScheduler(SolverScheduler):
 class UniPCScheduler(SolverScheduler):
     """UniPC of order 1 to 3 with its corrector, B1(h) or B2(h) (arXiv:2302.04867); for `UniPCMultistepScheduler`."""
 
+    @classmethod
+    def _adopt(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        if config.get("disable_corrector"):
+            raise ValueError("UniPCScheduler corrects every step; leave disable_corrector out of the config")
+        return {}
+
     def make_solver(self) -> ExponentialAdams:
         """UniPC of `solver_order`; `solver_type` bh1 or bh2, other families' values mean bh2 as in Diffusers."""
         return ExponentialAdams(

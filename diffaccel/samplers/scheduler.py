@@ -282,7 +282,10 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         self._plan = make_plan(self.schedule, self.grid, self.solver, self._x0_of, begin=begin, start=start)
         self._rows = table(self._plan, self.solver)
         self._table = torch.from_numpy(self._rows.astype(np.float32)).to(self.timesteps.device)
-        self._start_steps = 4 if start == "singlestep" else 0
+        special = [
+            i for i, s in enumerate(self._plan) if s.again or s.hold or (s.correct and not self.solver.corrector)
+        ]
+        self._start_steps = max(special) + 1 if special else 0
         if self.schedule.path == "ve":
             c_in = [
                 (self.schedule.alpha_sigma(v)[1] ** 2 + self.config["sigma_data"] ** 2) ** -0.5
@@ -338,6 +341,11 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
 
     def _nearest(self, timestep: float) -> int:
         distance = np.abs(self._told - timestep)
+        if not distance.min() <= np.ptp(self.schedule.times) / self.schedule.count:  # one training timestep
+            raise ValueError(
+                f"no step is made at timestep {timestep:g}; pass the entries of scheduler.timesteps, which go from "
+                f"{self._told[0]:g} to {self._told[-1]:g}"
+            )
         # Integer clocks may tell the network the same time twice: prefer the step that is due.
         due = self._cursor - CURSOR_START
         return due if due < len(distance) and distance[due] == distance.min() else int(distance.argmin())
@@ -386,7 +394,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         dtype = sample.dtype if sample.dtype == torch.float64 else torch.float32
         row = self._table[index - self._first].unbind()
         x = sample.to(dtype)
-        if self.config["variance_type"] in ("learned", "learned_range"):
+        if self._has_learned_variance() and model_output.shape[1] == 2 * sample.shape[1]:
             model_output = model_output[:, : sample.shape[1]]
         x0 = self._filter(combine(row[:2], (x, model_output.to(dtype))))
         # The first steps of a singlestep start may redo a step, or evaluate a node again; see `Step`.
@@ -407,12 +415,13 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         return SolverSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample,)
 
     def _start(self, timestep: float | Tensor) -> None:
-        """Before the first step of a run: find out which one it is, and plan from there."""
+        """Before the first step of a run whose begin index was not set: find out which step it is."""
         if self._started:
             return
-        begin = self._begin_index if self._begin_index is not None else self.index_for_timestep(timestep)
-        if begin != self._first:
-            self._prepare(begin)
+        if self._begin_index is None:
+            begin = self.index_for_timestep(timestep)
+            if begin != self._first:
+                self._prepare(begin)
         self._started = True
 
     def _check_step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> None:
@@ -429,15 +438,22 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
                 f"step() got timestep {float(timestep):g}, but step {index + 1} of {n} is at {self._told[index]:g}; "
                 "each step is made once and in order; call set_timesteps() to start again"
             )
+        given_shape, shape = tuple(model_output.shape), tuple(sample.shape)
+        with_variance = self._has_learned_variance() and given_shape == (shape[0], 2 * shape[1], *shape[2:])
+        if given_shape != shape and not with_variance:
+            raise ValueError(f"model output and sample must have one shape, not {given_shape} and {shape}")
         if sample.dtype == torch.float64 and self._table.dtype != torch.float64:
             self._table = torch.from_numpy(self._rows)
         self._table = self._table.to(sample.device)
-        # float32 sums of finite values stay finite, and one NaN or inf among them does not: one cheap reduction.
+        # float32 sums of finite outputs stay finite, and one NaN or inf among them does not: one cheap reduction.
         if sample.device.type == "cpu" and not math.isfinite(model_output.sum(dtype=torch.float32)):
             raise ValueError(
                 f"the model output at step {index + 1} of {n} is not finite (NaN or inf); if the network runs in "
                 "float16, try bfloat16 or float32"
             )
+
+    def _has_learned_variance(self) -> bool:
+        return self.config["variance_type"] in ("learned", "learned_range")
 
     def _filter(self, x0: Tensor) -> Tensor:
         """Dynamic thresholding (Imagen, arXiv:2205.11487, section 2.3), for pixel models that ask for it."""

@@ -235,3 +235,24 @@ def test_noise_schedule_of_another_path_is_refused() -> None:
 def test_integer_clock_says_when_levels_repeat() -> None:
     scheduler = DPMSolverScheduler(use_beta_sigmas=True, solver_options={"timesteps": "integer"})
     assert "use timesteps='float'" in refused(lambda: scheduler.set_timesteps(900))
+
+
+def test_a_timestep_off_the_grid_is_refused() -> None:
+    scheduler = DPMSolverScheduler()
+    scheduler.set_timesteps(4)
+    x = noise(1, 4, 2, 2)
+    assert "no step is made at timestep 12345" in refused(lambda: scheduler.step(x, 12345, x))
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 2, 2), (3, 8, 2, 2), (3, 4, 2)])
+def test_model_output_must_have_the_shape_of_the_sample(shape: tuple[int, ...]) -> None:
+    scheduler = DPMSolverScheduler()
+    scheduler.set_timesteps(4)
+    x = noise(3, 4, 2, 2)
+    message = refused(lambda: scheduler.step(torch.zeros(shape), scheduler.timesteps[0], x))
+    assert "must have one shape" in message
+
+
+def test_unipc_without_its_corrector_is_refused() -> None:
+    config = diffusers.UniPCMultistepScheduler(disable_corrector=[0]).config
+    assert "leave disable_corrector out" in refused(lambda: UniPCScheduler.from_config(config))

@@ -18,7 +18,7 @@ SDE = [name for name, solver in SOLVERS.items() if solver.eta]
 
 
 def scheduler_for(name: str, path: str = "vp", **options) -> SolverScheduler:
-    options = {"solver": name, "lower_final": 0, **options}
+    options = {"solver": name, "lower_final": 0, **({"schedule": "flow"} if path == "flow" else {}), **options}
     scheduler = SolverScheduler(**PATHS[path], solver_options=options)
     scheduler.register_to_config(prediction_type="sample")  # the problem gives x0 itself, on either path
     return scheduler

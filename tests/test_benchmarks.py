@@ -1,0 +1,159 @@
+"""The benchmark's bookkeeping: candidates make the calls they are counted with, and the tables say what was run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from diffaccel import zoo
+from diffaccel.cost import network_calls
+from tests.tiny import sd
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+CONFIG = json.loads((zoo.path("emoji-sd") / "scheduler" / "scheduler_config.json").read_text())
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Imports the benchmarks by name, and forgets their plain names afterwards."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "").parent == FOLDER:
+            del sys.modules[name]
+
+
+def usable(bench: Callable[[str], ModuleType], calls: int) -> list[tuple[Any, dict[str, Any]]]:
+    """Every hundredth candidate that can make `calls` calls, and the first one of each class, with its arguments."""
+    found, classes = [], set()
+    for i, candidate in enumerate(bench("diffusers_candidates").candidates()):
+        if i % 100 == 0 or candidate.scheduler not in classes:
+            try:
+                found.append((candidate, candidate.arguments(CONFIG, calls)))
+            except Exception:
+                continue
+            classes.add(candidate.scheduler)
+    return found
+
+
+@pytest.mark.parametrize("calls", [5, 13])
+def test_candidates_make_the_calls_they_are_counted_with(bench: Callable[[str], ModuleType], calls: int) -> None:
+    pipe, arguments = sd()
+    found = usable(bench, calls)
+    assert len({candidate.scheduler for candidate, _ in found}) >= 13
+    for candidate, steps in found:
+        pipe.scheduler = candidate.make(CONFIG)
+        with network_calls(pipe) as count:
+            pipe(**arguments, **steps, generator=torch.Generator().manual_seed(0))
+        assert count.calls == calls, candidate.label
+
+
+def test_two_call_methods_are_counted_in_calls(bench: Callable[[str], ModuleType]) -> None:
+    module = bench("diffusers_candidates")
+    heun = module.Candidate("Heun", "HeunDiscreteScheduler")
+    assert heun.arguments(CONFIG, 9) == {"num_inference_steps": 5}
+    with pytest.raises(module.DoesNotFitError, match="no number of steps makes 8 calls"):
+        heun.arguments(CONFIG, 8)
+    pndm = module.Candidate("PNDM", "PNDMScheduler", {"skip_prk_steps": False})
+    assert pndm.arguments(CONFIG, 14) == {"num_inference_steps": 5}
+    assert module.Candidate("PLMS", "PNDMScheduler", {"skip_prk_steps": True}).arguments(CONFIG, 8) == {
+        "num_inference_steps": 7
+    }
+
+
+def test_every_candidate_has_its_own_label(bench: Callable[[str], ModuleType]) -> None:
+    labels = [c.label for c in bench("diffusers_candidates").candidates()]
+    labels += [c.label for c in bench("our_candidates").our_candidates()]
+    assert len(labels) == len(set(labels))
+
+
+def test_dry_run_tells_methods_and_ends_apart(bench: Callable[[str], ModuleType]) -> None:
+    dry_run, module = bench("dry_run").dry_run, bench("diffusers_candidates")
+
+    def trace(scheduler: str, steps: int = 5, **options: Any) -> Any:
+        candidate = module.Candidate("", scheduler, {"timestep_spacing": "trailing"} | options)
+        return dry_run(candidate.make(CONFIG), {"num_inference_steps": steps}, CONFIG)
+
+    ddim = trace("DDIMScheduler", set_alpha_to_one=True)
+    first_order = trace("DPMSolverMultistepScheduler", solver_order=1)
+    assert (ddim.grid, ddim.fingerprint) == (first_order.grid, first_order.fingerprint), "one method under two names"
+    second_order = trace("DPMSolverMultistepScheduler", solver_order=2)
+    assert second_order.grid == ddim.grid
+    assert second_order.fingerprint != ddim.fingerprint
+    assert ddim.timesteps == (999, 799, 599, 399, 199)
+    assert ddim.ends_at == pytest.approx(0, abs=1e-3)
+    noisy = trace("DDIMScheduler", set_alpha_to_one=False)
+    assert noisy.ends_at == pytest.approx(1, abs=1e-2)
+    assert noisy.grid != ddim.grid
+
+
+def test_ays_table_is_the_published_one_and_interpolates(bench: Callable[[str], ModuleType]) -> None:
+    ays = bench("diffusers_candidates").ays
+    assert ays("timesteps", 10) == [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]
+    sigmas = ays("sigmas", 5)
+    assert len(sigmas) == 6
+    assert sigmas[0] == pytest.approx(14.615)
+    assert sigmas[2] == pytest.approx((1.886 * 1.396) ** 0.5)  # halfway between two entries, in the logarithm
+    assert sigmas[-2:] == pytest.approx([0.152, 0.0])
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The zoo's pipeline with a random U-Net of a few thousand weights in place of its own."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    StableDiffusionPipeline.from_pretrained(zoo.path("emoji-sd"), unet=unet, safety_checker=None).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def test_solver_tables_end_to_end(bench: Callable[[str], ModuleType], tiny_model: Path, tmp_path: Path) -> None:
+    main = bench("solver_tables").main
+    command = ["--model", str(tiny_model), "--prompts", "2", "--seeds", "2", "--steps", "4", "--screening-prompts", "2"]
+    command += ["--reference-steps", "25", "--finalists", "2", "--question-prompts", "0", "--workers", "1"]
+    command += ["--only", "trailing", "final=zero", "--cache", str(tmp_path / "cache"), "--output", str(tmp_path)]
+    results = main(command)
+    name = "solver_tables_tiny_cfg4"
+    text, data = (tmp_path / f"{name}.md").read_text(), json.loads((tmp_path / f"{name}.json").read_text())
+    assert (tmp_path / f"{name}.png").stat().st_size > 1000
+
+    # the header says on what, and the tables compare at equal calls
+    assert results.header["weights"] in text
+    assert f"2 prompts x 2 seeds = 4. **Dropped: {data['header']['dropped']}**" in text
+    assert "integer clock" in text
+    assert [row["calls"] for row in data["best"]] == [4]
+    assert [(row["grid"], row["calls"]) for row in data["same_grid"]] == [("trailing", 4)]
+    # screening ranks, and the finalists are its best
+    for side, found in results.screened.items():
+        errors = [s.error for s in found[4] if len(s.mse) == 2 * 4]  # those of the last round
+        assert errors == sorted(errors)
+        assert len(errors) >= 8
+        assert all(s.trace.calls == 4 for s in found[4])
+        assert [e.label for e in results.best[side][4]] == [s.candidate.label for s in found[4][:2]]
+
+    # a second run measures nothing again and says the same
+    before = (tmp_path / f"{name}.json").read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench("solver_runs").Worker, "_latents", None)
+        main(command)
+    assert (tmp_path / f"{name}.json").read_bytes() == before

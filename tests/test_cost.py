@@ -1,0 +1,144 @@
+"""MACs against hand counts, latency against a clock that is set by hand, network calls against what was called."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+import diffaccel
+from diffaccel.cost import latency, macs, macs_by_module, network_calls, parameters
+from tests.tiny import noise, sd, svd
+
+CROSS_ATTENTION_UNET = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 8,
+    "attention_head_dim": 4,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+
+
+class Attention(nn.Module):
+    """Queries from one sequence, keys and values from another, with the kernel that PyTorch picks."""
+
+    def __init__(self, masked: bool = False) -> None:
+        super().__init__()
+        self.masked = masked
+
+    def forward(self, q: Tensor, kv: Tensor) -> Tensor:
+        mask = torch.ones(q.shape[-2], kv.shape[-2], dtype=torch.bool, device=q.device) if self.masked else None
+        return F.scaled_dot_product_attention(q, kv, kv, attn_mask=mask)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_counted(device: str, masked: bool, dtype: torch.dtype) -> None:
+    q, kv = (torch.ones(2, 3, tokens, 16, device=device, dtype=dtype) for tokens in (8, 24))
+    products = 2 * 3 * (8 * 24 * 16)  # batch * heads * (queries * keys * width), once for Q K^T and once for A V
+    assert macs(Attention(masked), q, kv) == 2 * products
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_layers_match_hand_counts(device: str) -> None:
+    net = nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), nn.Flatten(), nn.Linear(6 * 4 * 4, 5))
+    x = torch.ones(7, 4, 8, 8, device=device)
+    conv = 7 * 6 * 4 * 4 * (4 // 2) * 3 * 3  # batch * outputs * inputs of a group * kernel
+    linear = 7 * 96 * 5
+    counted = macs_by_module(net.to(device), x)
+    assert counted[""] == conv + linear
+    assert (counted["0"], counted["2"]) == (conv, linear)
+
+
+def test_parts_of_a_unet_sum_to_the_whole() -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**CROSS_ATTENTION_UNET)
+        counted = macs_by_module(unet, torch.empty(2, 4, 8, 8), torch.tensor(1), torch.empty(2, 4, 8))
+    assert counted[""] == sum(count for name, count in counted.items() if name and "." not in name) + sum(
+        counted.get(name, 0) for name in ("down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1")
+    )
+
+
+def test_meta_and_cpu_agree_on_a_unet() -> None:
+    def count(device: str) -> int:
+        with torch.device(device):
+            unet = UNet2DConditionModel(**CROSS_ATTENTION_UNET)
+            return macs(unet, torch.zeros(2, 4, 8, 8), torch.tensor(1), torch.zeros(2, 4, 8))
+
+    assert count("cpu") == count("meta")
+
+
+@pytest.mark.slow
+def test_stable_diffusion_has_its_published_cost() -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        cost = macs(unet, torch.empty(1, 4, 64, 64), torch.tensor(1), torch.empty(1, 77, 768))
+    assert parameters(unet) == 859_520_964
+    # BK-SDM (arXiv:2305.15798, table 1) gives 339 G without the attention products; they are 62 G more
+    assert cost == pytest.approx(339e9 + 62.4e9, rel=0.01)
+
+
+def test_counting_leaves_no_gradient() -> None:
+    net = nn.Linear(3, 4)
+    macs(net, torch.ones(2, 3, requires_grad=True))
+    assert net.weight.grad is None
+
+
+def test_shared_parameters_count_once() -> None:
+    layer = nn.Linear(3, 4)
+    assert parameters(nn.Sequential(layer, nn.ReLU(), layer)) == 3 * 4 + 4
+
+
+def test_latency_leaves_out_the_warm_up() -> None:
+    now, calls = [0.0], []
+
+    def work() -> None:
+        calls.append(1)
+        now[0] += 100.0 if len(calls) <= 2 else float(len(calls) - 2)  # then 1, 2, 3, 4, 5 seconds
+
+    timed = latency(work, warmup=2, runs=5, clock=lambda: now[0])
+    assert len(calls) == 7
+    assert (timed.median, timed.p20, timed.p80, timed.runs) == pytest.approx((3.0, 1.8, 4.2, 5))
+
+
+@pytest.mark.parametrize(("runs", "warmup"), [(0, 1), (1, -1)])
+def test_latency_refuses_to_time_nothing(runs: int, warmup: int) -> None:
+    with pytest.raises(ValueError, match="runs >= 1"):
+        latency(lambda: None, runs=runs, warmup=warmup)
+
+
+def test_guided_calls_see_two_rows_a_sample() -> None:
+    pipe, arguments = sd()
+    pipe.scheduler = diffaccel.scheduler("dpmpp_2m", pipe)
+    with network_calls(pipe) as count:
+        pipe(**arguments, num_inference_steps=3)
+    assert (count.calls, count.rows) == (3, 6)
+    pipe(**arguments, num_inference_steps=2)
+    assert count.calls == 3, "calls after the block are not counted"
+
+
+def test_video_pipelines_are_counted_too() -> None:
+    pipe, arguments = svd()
+    pipe.scheduler = diffaccel.scheduler("euler", pipe)
+    with network_calls(pipe) as count:
+        pipe(**arguments, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+    assert (count.calls, count.by_name) == (2, {"unet": 2})
+
+
+def test_calls_are_counted_when_the_run_fails() -> None:
+    pipe, _ = sd()
+    with pytest.raises(RuntimeError), network_calls(pipe) as count:
+        pipe.unet(noise(1, 5, 8, 8), 1, noise(1, 4, 8))  # one channel too many
+    assert count.calls == 1
+    assert not pipe.unet._forward_pre_hooks
+
+
+def test_pipelines_without_a_denoiser_are_refused() -> None:
+    with pytest.raises(TypeError, match="no network to count"), network_calls(object()):
+        pass
