@@ -5,6 +5,7 @@ python examples/swap_scheduler.py [--model FOLDER_OR_HUB_ID] [--prompt "red hear
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("swap_scheduler.png"))
     args = parser.parse_args()
 
-    pipe = load_pipeline(args.model)
+    pipe: Any = load_pipeline(args.model)
     own = pipe.scheduler
 
     def pictures(steps: int) -> list:

@@ -157,3 +157,14 @@ def test_solver_tables_end_to_end(bench: Callable[[str], ModuleType], tiny_model
         patch.setattr(bench("solver_runs").Worker, "_latents", None)
         main(command)
     assert (tmp_path / f"{name}.json").read_bytes() == before
+
+
+def test_reference_convergence_end_to_end(bench: Callable[[str], ModuleType], tiny_model: Path, tmp_path: Path) -> None:
+    command = ["--model", str(tiny_model), "--prompts", "1", "--steps", "5", "20", "--truth-steps", "60"]
+    text = bench("reference_convergence").main([*command, "--output", str(tmp_path)])
+    assert (tmp_path / "reference_convergence_tiny_cfg4.md").read_text() == text
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")][1:]
+    errors = {(cells[0].strip(), int(cells[1])): float(cells[2]) for cells in rows}
+    assert errors["dpmpp_2m logsnr", 20] < errors["dpmpp_2m logsnr", 5] / 10
+    # the noise that an end at sigma_min leaves does not go away with more steps
+    assert errors["dpmpp_2m logsnr sigma_min", 20] > 1e-4

@@ -124,12 +124,14 @@ def test_emoji_job_makes_a_pipeline_and_a_second_round_starts_from_it(
     picture = pipeline("thing number 1, random style", num_inference_steps=2, output_type="pt").images
     assert picture.shape[1] == 3
     assert (first / "emoji-clip" / "model.safetensors").exists()
+    assert not any(str(tmp_path) in file.read_text() for file in (first / "emoji-sd").rglob("*.json"))
 
     train(_arguments(second, "emoji", "--seconds", "60", "--steps", "2", "--stages", "unet", "--init", str(first)))
     assert _steps(second, "unet") == [2]
     assert not (second / "checkpoints" / "vae").exists()
     weights = [load_file(out / "emoji-sd/vae/diffusion_pytorch_model.safetensors") for out in (first, second)]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert not any(str(tmp_path) in file.read_text() for file in (second / "emoji-sd").rglob("*.json"))
 
 
 def test_a_killed_run_goes_on_at_its_last_step(

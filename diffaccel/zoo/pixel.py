@@ -72,7 +72,8 @@ class PixelPipeline(DiffusionPipeline):
         x = x * getattr(self.scheduler, "init_noise_sigma", 1.0)
         noisy = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if noisy else {}
-        for t in self.progress_bar(self.scheduler.timesteps):
+        bar: Any = self.progress_bar  # its decorator hides its type
+        for t in bar(self.scheduler.timesteps):
             seen = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
             output = self._predict(network, seen, t, labels, null, guidance_scale)
             x = self.scheduler.step(output, t, x, return_dict=False, **extra)[0]
@@ -85,7 +86,7 @@ class PixelPipeline(DiffusionPipeline):
     @staticmethod
     def _null_class(network: Any) -> int | None:
         """Index of the class that stands for none, or None for unconditional models."""
-        if isinstance(network, DiTTransformer2DModel):
+        if "num_embeds_ada_norm" in network.config:  # DiT
             return network.config.num_embeds_ada_norm
         count = network.config.num_class_embeds
         return None if count is None else count - 1

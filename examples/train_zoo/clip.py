@@ -1,5 +1,8 @@
 """The CLIP stage: pictures and captions in one space; its text tower conditions the U-Net."""
 
+# diffusers and torch annotate models, configs and outputs too loosely for these checks.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -10,6 +13,7 @@ from captions import CaptionTable, tokens
 from data import SIZE, Emoji, augment
 from fit import FitConfig, fit
 from presets import Preset
+from run import Run
 from tokenizer import LENGTH
 from torch import nn
 from torch.nn import functional
@@ -81,10 +85,8 @@ def train_clip(
     clip: CLIPModel,
     tokenizer: CLIPTokenizer,
     data: Emoji,
-    preset: Preset,
+    run: Run,
     config: FitConfig,
-    checkpoints: Path,
-    resume: bool,
     export: Callable[[CLIPModel], None],
 ) -> CLIPModel:
     """Train both towers on augmented pictures and random captions; return the averaged model."""
@@ -93,8 +95,8 @@ def train_clip(
 
     def next_batch() -> tuple[torch.Tensor, torch.Tensor]:
         # Without repetition, so that no pair of the batch is both right and wrong.
-        index = torch.randperm(len(data), device=device)[: preset.clip_batch]
+        index = torch.randperm(len(data), device=device)[: run.preset.clip_batch]
         return augment(data.pictures(index)), table.draw(index)
 
     print(f"[{config.name}] {clip.num_parameters() / 1e6:.2f} M parameters", flush=True)
-    return fit(clip, contrastive_loss, next_batch, config, checkpoints, resume, export)
+    return fit(clip, contrastive_loss, next_batch, config, run.checkpoints, run.resume, export)

@@ -1,5 +1,8 @@
 """The job `emoji`: VAE, CLIP and text-to-image U-Net, one after the other, saved as a Stable Diffusion pipeline."""
 
+# diffusers and torch annotate models, configs and outputs too loosely for these checks.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 from functools import partial
@@ -65,7 +68,7 @@ class EmojiJob:
         run, save = self.run, partial(save_half, folder=self.folder / "vae")
         vae = build_vae(run.preset, run.started_from("emoji-sd/vae")).to(run.device)
         if "vae" in self.stages:
-            return train_vae(vae, self.data, run.preset, self._config("vae"), run.checkpoints, run.resume, save)
+            return train_vae(vae, self.data, run, self._config("vae"), save)
         save(vae)
         return vae.eval()
 
@@ -81,8 +84,7 @@ class EmojiJob:
         run, save = self.run, partial(save_half, folder=self.run.output / "emoji-clip")
         clip = build_clip(run.preset, tokenizer, run.started_from("emoji-clip")).to(run.device)
         if "clip" in self.stages:
-            config = self._config("clip")
-            clip = train_clip(clip, tokenizer, self.data, run.preset, config, run.checkpoints, run.resume, save)
+            clip = train_clip(clip, tokenizer, self.data, run, self._config("clip"), save)
         save(clip)
         tokenizer.save_pretrained(run.output / "emoji-clip")
         save_half(text_encoder(clip), self.folder / "text_encoder")
@@ -92,7 +94,6 @@ class EmojiJob:
         run, save = self.run, partial(save_half, folder=self.folder / "unet")
         unet = build_unet(run.preset, run.started_from("emoji-sd/unet")).to(run.device)
         if "unet" in self.stages:
-            encoder, config = text_encoder(clip), self._config("unet")
-            train_unet(unet, vae, encoder, tokenizer, self.data, run.preset, config, run.checkpoints, run.resume, save)
+            train_unet(unet, vae, text_encoder(clip), tokenizer, self.data, run, self._config("unet"), save)
         else:
             save(unet)

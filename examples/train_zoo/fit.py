@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Generic, TypeVar, cast
 
 import torch
 from checkpoint import Checkpoint, random_state, restore_random_state
@@ -18,6 +19,7 @@ from torch import nn
 
 Batch = tuple[torch.Tensor, ...]
 LossFunction = Callable[[nn.Module, Batch], torch.Tensor]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,15 @@ class FitConfig:
         return self.learning_rate * max(1e-3, warm * 0.5 * (1 + math.cos(math.pi * min(1.0, spent))))
 
 
-class Average:
+class Average(Generic[Model]):
     """Exponential moving average of a model's parameters; `model` is the averaged copy."""
 
-    def __init__(self, source: nn.Module, decay: float) -> None:
+    def __init__(self, source: Model, decay: float) -> None:
         """Start the average at the present weights of `source`."""
-        self.model = copy.deepcopy(source).eval().requires_grad_(False)
+        self.model: Model = copy.deepcopy(source).eval().requires_grad_(False)
         self.decay = decay
-        self._averaged = list(self.model.parameters())
-        self._source = list(source.parameters())
+        self._averaged: list[torch.Tensor] = list(self.model.parameters())
+        self._source: list[torch.Tensor] = list(source.parameters())
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -116,20 +118,18 @@ def _stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-class _Fit:
+class _Fit(Generic[Model]):
     """The state of one stage while it is trained."""
 
-    def __init__(
-        self, model: nn.Module, loss_function: LossFunction, config: FitConfig, checkpoint: Checkpoint
-    ) -> None:
-        self.model, self.config, self.checkpoint = model, config, checkpoint
+    def __init__(self, model: Model, loss_function: LossFunction, config: FitConfig, checkpoints: Path) -> None:
+        self.model, self.config, self.checkpoint = model, config, Checkpoint(checkpoints / config.name)
         self.device = next(model.parameters()).device
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=0.0, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
         )
         self.average = Average(model, config.ema_decay)
         self.loss_function = loss_function
-        self.network = torch.compile(model) if config.compile else model
+        self.network = cast(nn.Module, torch.compile(model)) if config.compile else model
         self.step, self.elapsed = 0, 0.0
 
     def resume(self) -> None:
@@ -169,14 +169,14 @@ class _Fit:
 
 
 def fit(
-    model: nn.Module,
+    model: Model,
     loss_function: LossFunction,
     next_batch: Callable[[], Batch],
     config: FitConfig,
     checkpoints: Path,
     resume: bool,
-    export: Callable[[nn.Module], None],
-) -> nn.Module:
+    export: Callable[[Model], None],
+) -> Model:
     """Train `model` in place until the budget is spent and return its averaged copy.
 
     Args:

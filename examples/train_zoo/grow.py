@@ -5,19 +5,24 @@ connection its 1x1 shortcut passes the hidden channels and ignores the skip's. A
 projection. What is left to decide is where the old layers go, so that each meets the tensors it was trained on.
 """
 
+# diffusers and torch annotate models, configs and outputs too loosely for these checks.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 from torch import nn
 
 TOLERANCE = 1e-5
 _LAYER = re.compile(r"(down_blocks|up_blocks)\.\d+\.(?:resnets|attentions)\.(\d+)\.")
 
 Position = Callable[[str, int], int | None]
+Model = TypeVar("Model", bound=ModelMixin)
 
 
 def unet_position(old: int, new: int) -> Position:
@@ -79,8 +84,9 @@ def _transplant(old: nn.Module, new: nn.Module, position: Position) -> None:
         _make_identity(new.get_submodule(name))
 
 
-def _like(model: nn.Module, layers: int) -> nn.Module:
-    return type(model).from_config({**model.config, "layers_per_block": layers}).to(next(model.parameters()).device)
+def _like(model: Model, layers: int) -> Model:
+    config = {**dict(model.config), "layers_per_block": layers}
+    return type(model).from_config(config).to(model.device)
 
 
 def _assert_close(before: torch.Tensor, after: torch.Tensor) -> None:

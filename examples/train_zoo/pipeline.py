@@ -1,8 +1,12 @@
 """Saving in the layout of diffusers: single models in half precision, and the pipeline that ties them together."""
 
+# diffusers and torch annotate models, configs and outputs too loosely for these checks.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import torch
@@ -29,6 +33,9 @@ def save_half(model: nn.Module, folder: Path) -> None:
     """Save a copy of a diffusers or transformers model in float16, in safetensors shards of at most 14 MB."""
     half = copy.deepcopy(model).to("cpu", torch.float16)
     half.save_pretrained(folder, max_shard_size=_SHARD)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("_name_or_path", None)  # the folder on this machine that the weights once came from
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def save_pipeline(folder: Path) -> None:
@@ -43,4 +50,5 @@ def save_pipeline(folder: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.to(torch.float16).save_pretrained(folder, max_shard_size=_SHARD)
+    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    pipeline.save_config(folder)

@@ -118,7 +118,7 @@ PRESETS = {
         clip_batch=256,
         unet_batch=64,
         cifar_batch=64,
-        latent_copies=12,
+        latent_copies=6,
         shares={"vae": 0.24, "clip": 0.09, "unet": 0.67},
         mixed_precision=True,
     ),

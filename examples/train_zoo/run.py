@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from fit import FitConfig
@@ -47,7 +48,7 @@ class Run:
         """The folder of a model in the earlier run, if this run starts from one."""
         return self.init / folder if self.init else None
 
-    def fit_config(self, name: str, learning_rate: float, seconds: float, **settings: float) -> FitConfig:
+    def fit_config(self, name: str, learning_rate: float, seconds: float, **settings: Any) -> FitConfig:
         """The training settings of one stage; `settings` are further fields of `FitConfig`."""
         return FitConfig(
             name=name,

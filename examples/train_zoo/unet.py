@@ -1,5 +1,8 @@
 """The U-Net stage: predict the noise in latents of augmented pictures, given a caption's embedding."""
 
+# diffusers and torch annotate models, configs and outputs too loosely for these checks.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -13,10 +16,12 @@ from fit import FitConfig, fit
 from grow import grow_unet
 from pipeline import training_schedule
 from presets import Preset
+from run import Run
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 _DROPPED_CAPTIONS = 0.1
+_UNCHANGED = 1 / 3
 _SNR_LIMIT = 5.0
 
 
@@ -28,15 +33,18 @@ def build_unet(preset: Preset, init: Path | None) -> UNet2DConditionModel:
 
 
 @torch.no_grad()
-def latent_pool(vae: AutoencoderKL, data: Emoji, copies: int, batch: int = 128) -> torch.Tensor:
-    """Scaled float16 latents of every picture, (copies, N, 4, 16, 16): every third copy as is, the others augmented."""
+def latent_pool(vae: AutoencoderKL, data: Emoji, copies: int, mixed_precision: bool, batch: int = 128) -> torch.Tensor:
+    """Scaled float16 latents of every picture, (1 + copies, N, 4, 16, 16): as it is first, then augmented copies."""
+    vae = vae.to(memory_format=torch.channels_last)
     pool = []
-    for copy in range(copies):
+    for copy in range(1 + copies):
         for start in range(0, len(data), batch):
             pictures = data.pictures(slice(start, start + batch))
-            latents = vae.encode(augment(pictures) if copy % 3 else pictures).latent_dist.sample()
-            pool.append((latents * vae.config.scaling_factor).half())
-    return torch.cat(pool).unflatten(0, (copies, len(data)))
+            pictures = (augment(pictures) if copy else pictures).contiguous(memory_format=torch.channels_last)
+            with torch.autocast(pictures.device.type, torch.bfloat16, enabled=mixed_precision):
+                latents = vae.encode(pictures).latent_dist.sample()
+            pool.append((latents.float() * vae.config.scaling_factor).half())
+    return torch.cat(pool).unflatten(0, (1 + copies, len(data)))
 
 
 def spread_timesteps(count: int, steps: int, device: torch.device) -> torch.Tensor:
@@ -73,10 +81,8 @@ def train_unet(
     encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     data: Emoji,
-    preset: Preset,
+    run: Run,
     config: FitConfig,
-    checkpoints: Path,
-    resume: bool,
     export: Callable[[UNet2DConditionModel], None],
 ) -> UNet2DConditionModel:
     """Train the U-Net on a pool of latents, a tenth without a caption; return the averaged model."""
@@ -84,7 +90,7 @@ def train_unet(
     embeddings = CaptionTable.of(data.captions, tokenizer, device).embedded(encoder)
     with torch.no_grad():
         empty = encoder(tokens(tokenizer, [""]).to(device)).last_hidden_state.half()
-    pool = latent_pool(vae, data, preset.latent_copies)
+    pool = latent_pool(vae, data, run.preset.latent_copies, run.preset.mixed_precision)
     print(
         f"[{config.name}] {unet.num_parameters() / 1e6:.2f} M parameters, {pool.shape[0]}x{pool.shape[1]} latents "
         f"of standard deviation {pool.float().std():.3f}",
@@ -92,10 +98,11 @@ def train_unet(
     )
 
     def next_batch() -> tuple[torch.Tensor, torch.Tensor]:
-        picture = torch.randint(len(data), (preset.unet_batch,), device=device)
-        copy = torch.randint(len(pool), (preset.unet_batch,), device=device)
-        dropped = torch.rand(preset.unet_batch, 1, 1, device=device) < _DROPPED_CAPTIONS
+        picture = torch.randint(len(data), (run.preset.unet_batch,), device=device)
+        copy = torch.randint(1, len(pool), (run.preset.unet_batch,), device=device)
+        copy[torch.rand(run.preset.unet_batch, device=device) < _UNCHANGED] = 0
+        dropped = torch.rand(run.preset.unet_batch, 1, 1, device=device) < _DROPPED_CAPTIONS
         return pool[copy, picture].float(), torch.where(dropped, empty, embeddings.draw(picture)).float()
 
     model = unet.to(memory_format=torch.channels_last)
-    return fit(model, NoiseLoss(device), next_batch, config, checkpoints, resume, export)
+    return fit(model, NoiseLoss(device), next_batch, config, run.checkpoints, run.resume, export)

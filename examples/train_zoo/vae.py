@@ -1,5 +1,8 @@
 """The VAE stage: pictures of 64x64 to latents of 16x16 with 4 channels, and back."""
 
+# diffusers and torch annotate models, configs and outputs too loosely for these checks.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import math
@@ -12,6 +15,7 @@ from diffusers import AutoencoderKL
 from fit import FitConfig, fit
 from grow import grow_vae
 from presets import Preset
+from run import Run
 from torch import nn
 
 _KL_WEIGHT = 2e-4
@@ -22,7 +26,7 @@ class _Reconstruction(nn.Module):
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae: AutoencoderKL = vae
 
     def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         posterior = self.vae.encode(pictures).latent_dist
@@ -76,17 +80,15 @@ def build_vae(preset: Preset, init: Path | None) -> AutoencoderKL:
 def train_vae(
     vae: AutoencoderKL,
     data: Emoji,
-    preset: Preset,
+    run: Run,
     config: FitConfig,
-    checkpoints: Path,
-    resume: bool,
     export: Callable[[AutoencoderKL], None],
 ) -> AutoencoderKL:
     """Train the VAE on augmented pictures and return the averaged model with its scaling factor set."""
     device = data.images.device
 
     def next_batch() -> tuple[torch.Tensor]:
-        index = torch.randint(len(data), (preset.vae_batch,), device=device)
+        index = torch.randint(len(data), (run.preset.vae_batch,), device=device)
         return (augment(data.pictures(index)).contiguous(memory_format=torch.channels_last),)
 
     def finish(model: nn.Module) -> None:
@@ -96,6 +98,6 @@ def train_vae(
     size, before = vae.num_parameters() / 1e6, psnr(vae, data, 512)
     print(f"[{config.name}] {size:.2f} M parameters, PSNR {before:.2f} dB on 512 pictures", flush=True)
     model = _Reconstruction(vae).to(memory_format=torch.channels_last)
-    trained = fit(model, reconstruction_loss, next_batch, config, checkpoints, resume, finish).vae
+    trained = fit(model, reconstruction_loss, next_batch, config, run.checkpoints, run.resume, finish).vae
     print(f"[{config.name}] PSNR {psnr(trained, data, 512):.2f} dB on 512 pictures", flush=True)
     return trained
