@@ -26,10 +26,10 @@ COLUMNS = 8
 # The three stock configurations that lead benchmarks/results on this model; the best of them is shown.
 STOCK = (
     ("DPMSolverMultistepScheduler", {"timestep_spacing": "trailing"}),
-    ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}),
-    ("DPMSolverSinglestepScheduler", {}),
+    ("DPMSolverMultistepScheduler", {"timestep_spacing": "trailing", "final_sigmas_type": "sigma_min"}),
+    ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}),
 )
-OURS = ("unipc", "logsnr")
+OURS: dict[str, Any] = {"solver": "unipc_1_bh1", "schedule": "beta", "final": "sigma_min"}
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,13 @@ def _contenders(own: Any, steps: int) -> dict[str, Callable[[], Any]]:
         f"pipeline's own\n{type(own).__name__.removesuffix('Scheduler')}": lambda: own
     }
     for name, options in STOCK:
-        words = ", ".join(f"{key}={value}" for key, value in options.items())
-        label = f"Diffusers\n{name.removesuffix('Scheduler')}" + (f"\n{words}" if words else "")
+        words = "\n".join(f"{key}={value}" for key, value in options.items())
+        label = f"Diffusers\n{name.removesuffix('Scheduler')}\n{words}"
         contenders[label] = lambda name=name, options=options: getattr(diffusers, name).from_config(
             own.config, **options
         )
-    solver, schedule = OURS
-    contenders[f"diffaccel\n{solver}, {schedule}"] = lambda: scheduler(solver, own.config, schedule=schedule)
+    label = "diffaccel\n" + ", ".join(OURS.values())
+    contenders[label] = lambda: scheduler(pipe_or_config=own.config, **OURS)
     return contenders
 
 

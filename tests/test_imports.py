@@ -10,7 +10,7 @@ import diffaccel
 
 PACKAGE = Path(diffaccel.__file__).parent
 # A module of the sampler core may import those to its left only: config -> schedule -> grid -> rows -> step.
-LAYERS = ["schedule", "row", "solver", "grid", "plan", "config", "scheduler", "named", "catalog"]
+LAYERS = ["schedule", "row", "solver", "grid", "plan", "config", "request", "scheduler", "named", "catalog"]
 
 
 def modules_after(statement: str) -> set[str]:
@@ -44,7 +44,7 @@ def test_sampler_core_imports_one_way():
 
 
 def test_mathematics_imports_no_torch():
-    for name in ("schedule", "solver", "grid", "plan", "config"):
+    for name in ("schedule", "solver", "grid", "plan", "config", "request"):
         imported = (PACKAGE / "samplers" / f"{name}.py").read_text()
         assert "import torch" not in imported, name
         assert "diffusers import" not in imported, name

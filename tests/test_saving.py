@@ -89,7 +89,7 @@ except ImportError:
 else:
     raise SystemExit("diffaccel was importable")
 for folder in sys.argv[1:]:
-    absent, call = torch.load(folder + ".pt")
+    absent, call = torch.load(folder + ".pt", weights_only=True)
     try:
         pipe = DiffusionPipeline.from_pretrained(folder, **dict.fromkeys(absent))
         picture = pipe(num_inference_steps=40, **call)[0]

@@ -18,11 +18,11 @@ SCHEDULES = tuple(name for name in SPACINGS if name not in ("ddim_uniform", "flo
 # Other programs' names, squeezed (see `_squeeze`), and what they are here. Schedule names may follow a solver's.
 SOLVER_ALIASES = {
     "dpm++ 2m": "dpmpp_2m",
-    "dpm++ 3m": "dpmpp_3m",
+    "dpm++ 3m": "dpmpp_3m_shipped",  # these names mean what those programs run
     "dpm++ 2m sde": "dpmpp_2m_sde",
-    "dpm++ 3m sde": "dpmpp_3m_sde",
+    "dpm++ 3m sde": "dpmpp_3m_sde_shipped",
     "dpmpp 2m sde gpu": "dpmpp_2m_sde",
-    "dpmpp 3m sde gpu": "dpmpp_3m_sde",
+    "dpmpp 3m sde gpu": "dpmpp_3m_sde_shipped",
     "uni pc": "unipc_3",
     "uni pc bh2": "unipc_3",
     "unipc 2": "unipc",
@@ -128,6 +128,6 @@ def _class_keys(name: str, flow: bool) -> tuple[type[SolverScheduler], dict[str,
         return UniPCScheduler, {"solver_order": rule.order, "solver_type": "bh1" if rule.second == "bh1" else "bh2"}
     keys: dict[str, Any] = {"solver_order": rule.order}
     keys["algorithm_type"] = "sde-dpmsolver++" if rule.eta else "dpmsolver++"
-    if rule.halve_curvature:
-        keys["solver_options"] = {"halve_curvature": True}
+    if rule.order == 3:  # the class takes the shipped form by default
+        keys["solver_options"] = {"halve_curvature": rule.halve_curvature}
     return DPMSolverScheduler, keys

@@ -53,3 +53,13 @@ def combine(weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
     for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
         out = torch.addcmul(out, tensor, weight)
     return out
+
+
+def dynamic_threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
+    """Clamp each sample of x0 (N, ...) to its `ratio` quantile of |x0|, at least 1 and at most `max_value`, and divide.
+
+    Imagen's dynamic thresholding (arXiv:2205.11487, section 2.3), for pixel models.
+    """
+    limit = torch.quantile(x0.flatten(1).abs(), ratio, dim=1)
+    limit = limit.clamp(min=1, max=max_value).view(-1, *[1] * (x0.ndim - 1))
+    return torch.clamp(x0, -limit, limit) / limit

@@ -15,9 +15,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from diffaccel.samplers import config as boundary
-from diffaccel.samplers.grid import Final, TimeGrid, grid_from_sigmas, grid_from_timesteps, time_grid
-from diffaccel.samplers.plan import make_plan, second_call_needed, table
-from diffaccel.samplers.row import PREDICTION_TYPES, combine, edm_coefficients, x0_coefficients
+from diffaccel.samplers.grid import Final
+from diffaccel.samplers.plan import make_plan, table
+from diffaccel.samplers.request import requested_grid
+from diffaccel.samplers.row import PREDICTION_TYPES, combine, dynamic_threshold, edm_coefficients, x0_coefficients
 from diffaccel.samplers.solver import SOLVERS, ExponentialAdams
 
 CURSOR_START = 2  # torch.compile keeps an integer of 0 or 1 as a constant, so a step counter must not pass them
@@ -193,8 +194,17 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
                 last 0 may be left out.
             mu: shift of flow models with dynamic shifting; ignored by those with a static shift.
         """
-        grid = self._grid(num_inference_steps, timesteps, sigmas, mu)
-        self.grid = grid
+        self.grid = grid = requested_grid(
+            self.config,
+            self.schedule,
+            self.solver,
+            num_inference_steps,
+            timesteps,
+            sigmas,
+            mu,
+            leading=self._leading,
+            final=self._final(),
+        )
         self.num_inference_steps = len(grid.timesteps)
         whole = self._options().get("timesteps") == "integer" and np.array_equal(grid.timesteps, grid.timesteps.round())
         told = torch.from_numpy(grid.timesteps.astype(np.int64 if whole and self.schedule.path == "vp" else np.float32))
@@ -205,74 +215,11 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         self._reset()
         self._prepare(0)
 
-    def _grid(
-        self,
-        n: int | None,
-        timesteps: Sequence[float] | None,
-        sigmas: Sequence[float] | None,
-        mu: float | None,
-    ) -> TimeGrid:
-        c, options = self.config, self._options()
-        shift = self._shift(mu)
-        final = self._final()
-        if sigmas is not None:
-            grid = grid_from_sigmas(
-                self.schedule, sigmas, shift=shift, stretch_to=c["shift_terminal"], timesteps=timesteps
-            )
-            spacing = boundary.spacing(c)
-            if self.schedule.path == "flow" and timesteps is None and not spacing.startswith("flow"):
-                # Flux-like pipelines pass evenly spaced sigmas whatever the scheduler: a spacing asked for by name
-                # takes their number and ends, as in FlowMatchEulerDiscreteScheduler.
-                ends = self.schedule.sigma_at([grid.lambdas[-2], grid.lambdas[0]])
-                grid = time_grid(
-                    self.schedule,
-                    len(grid.timesteps),
-                    spacing,
-                    final=final,
-                    shift=shift,
-                    sigma_range=(float(ends[0]), float(ends[1])),
-                )
-        elif timesteps is not None:
-            grid = grid_from_timesteps(self.schedule, timesteps, final)
-        else:
-            if not isinstance(n, (int, np.integer)) or isinstance(n, bool):
-                raise ValueError(f"pass num_inference_steps (a whole number), timesteps or sigmas; got {n!r}")
-            n = int(n)
-            twice = second_call_needed(self.solver, options.get("start", "euler"), n)
-            spacing = boundary.spacing(self.config)
-            grid = time_grid(
-                self.schedule,
-                n - twice,
-                self._leading if spacing == "leading" else spacing,
-                final=final,
-                clock=options.get("timesteps", "float"),
-                offset=c["steps_offset"],
-                shift=shift,
-                stretch_to=c["shift_terminal"],
-                sigma_range=(c["sigma_min"], c["sigma_max"]),
-            )
-            return grid.with_second_call() if twice else grid
-        if n is not None and n != len(grid.timesteps):
-            raise ValueError(f"num_inference_steps is {n}, but {len(grid.timesteps)} sigmas or timesteps were given")
-        return grid
-
     def _final(self) -> Final:
         final = self.config["final_sigmas_type"]
         if final not in ("zero", "sigma_min"):
             raise ValueError(f"unknown final_sigmas_type {final!r}; use zero or sigma_min")
         return final
-
-    def _shift(self, mu: float | None) -> float:
-        """Static shift of a flow path; with dynamic shifting, the one that `mu` stands for."""
-        c = self.config
-        if not c["use_dynamic_shifting"]:
-            shift = float(c["flow_shift"] if c["use_flow_sigmas"] else c["shift"])
-            if not shift > 0:
-                raise ValueError(f"the shift of a flow model must be above 0 (1 is none), not {shift:g}")
-            return shift
-        if mu is None:
-            raise ValueError("this model shifts its noise levels with the picture size; pass mu to set_timesteps()")
-        return math.exp(mu) if c["time_shift_type"] == "exponential" else float(mu)
 
     def _prepare(self, begin: int) -> None:
         """Plan the run from node `begin`; the table of float32 coefficients goes to the device once."""
@@ -456,13 +403,11 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         return self.config["variance_type"] in ("learned", "learned_range")
 
     def _filter(self, x0: Tensor) -> Tensor:
-        """Dynamic thresholding (Imagen, arXiv:2205.11487, section 2.3), for pixel models that ask for it."""
+        """What becomes of x0 before it enters the history."""
         c = self.config
-        if c["thresholding"]:
-            limit = torch.quantile(x0.flatten(1).abs(), c["dynamic_thresholding_ratio"], dim=1)
-            limit = limit.clamp(min=1, max=c["sample_max_value"]).view(-1, *[1] * (x0.ndim - 1))
-            return torch.clamp(x0, -limit, limit) / limit
-        return x0
+        if not c["thresholding"]:
+            return x0
+        return dynamic_threshold(x0, c["dynamic_thresholding_ratio"], c["sample_max_value"])
 
     # ---- noising (image-to-image, inpainting, training) -------------------------------------------------------------
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

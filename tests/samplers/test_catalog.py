@@ -1,0 +1,73 @@
+"""Names mean what they say, whoever's they are."""
+
+from dataclasses import replace
+
+import diffusers
+import pytest
+
+import diffaccel
+from diffaccel.samplers.catalog import SCHEDULES, SOLVER_ALIASES, parse_solver
+from diffaccel.samplers.solver import SOLVERS
+
+CONFIG = diffusers.DDIMScheduler(beta_schedule="scaled_linear", steps_offset=1).config
+FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).config
+
+
+@pytest.mark.parametrize("config", [CONFIG, FLOW], ids=["vp", "flow"])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_factory_makes_the_named_solver(name, config):
+    scheduler = diffaccel.scheduler(name, config)
+    # the named classes write the order-1 rules without a second-order one
+    assert replace(scheduler.solver, second="exact") == replace(SOLVERS[name], second="exact")
+    if scheduler.solver.order > 1 or scheduler.solver.corrector:
+        assert scheduler.solver.second == SOLVERS[name].second
+
+
+@pytest.mark.parametrize("config", [CONFIG, FLOW], ids=["vp", "flow"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_factory_sets_the_named_schedule(schedule, config):
+    if schedule == "flow" and config is CONFIG:
+        with pytest.raises(ValueError, match="is for flow-matching models"):
+            diffaccel.scheduler("dpmpp_2m", config, schedule=schedule).set_timesteps(8)
+        return
+    levels = []
+    for other in (schedule, "trailing" if schedule != "trailing" else "karras"):
+        scheduler = diffaccel.scheduler("dpmpp_2m", config, schedule=other)
+        scheduler.set_timesteps(8)
+        levels.append(scheduler.sigmas.tolist())
+    same = config is FLOW and schedule == "linspace"  # even sigmas from 1 either way
+    assert (levels[0] == pytest.approx(levels[1], rel=2e-3)) == same
+
+
+@pytest.mark.parametrize(
+    ("given", "solver", "schedule"),
+    [
+        ("DPM++ 2M Karras", "dpmpp_2m", "karras"),
+        ("dpmpp_2m", "dpmpp_2m", None),
+        ("DPM++ 2M SDE Exponential", "dpmpp_2m_sde", "exponential"),
+        ("dpmpp_3m_sde_gpu", "dpmpp_3m_sde_shipped", None),
+        ("DPM++ 3M SDE", "dpmpp_3m_sde_shipped", None),
+        ("uni_pc_bh2", "unipc_3", None),
+        ("UniPC", "unipc", None),
+        ("Euler SGM Uniform", "euler", "trailing"),
+        ("DDIM", "ddim", None),
+    ],
+)
+def test_names_of_other_programs(given, solver, schedule):
+    assert parse_solver(given) == (solver, schedule)
+
+
+def test_every_alias_names_a_solver():
+    assert set(SOLVER_ALIASES.values()) <= set(SOLVERS)
+
+
+def test_order_3_of_the_class_is_the_shipped_form_and_the_name_is_third_order():
+    assert diffaccel.DPMSolverScheduler(solver_order=3).solver.halve_curvature
+    assert not diffaccel.scheduler("dpmpp_3m", CONFIG).solver.halve_curvature
+
+
+def test_options_reach_config_and_solver():
+    scheduler = diffaccel.scheduler("dpmpp_2m", CONFIG, thresholding=True, second="exact", final="sigma_min")
+    assert scheduler.config["thresholding"]
+    assert scheduler.solver.second == "exact"
+    assert scheduler.config["final_sigmas_type"] == "sigma_min"
