@@ -167,8 +167,11 @@ def spacing_config(name: str, flow: bool) -> dict[str, Any]:
     """Config keys that ask for spacing `name`, in Diffusers' own words wherever it has them."""
     if name not in SPACINGS:
         raise ValueError(f"unknown schedule {name!r}; use {', '.join(SPACINGS)}")
+    if name == "flow" and not flow:
+        raise ValueError("schedule 'flow' is for flow-matching models; use linspace, trailing, karras or logsnr here")
     keys: dict[str, Any] = {key: value == name for key, value in SPACING_KEYS.items()}
     if name in ("linspace", "leading", "trailing"):
         keys["timestep_spacing"] = name
-    in_words = keys.get("timestep_spacing") is None or not flow  # flow paths ignore timestep_spacing
-    return keys if in_words and name != "ddim_uniform" else keys | {"solver_options": {"schedule": name}}
+    if name in SPACING_KEYS.values() or ("timestep_spacing" in keys and not flow):
+        return keys
+    return keys | {"solver_options": {"schedule": name}}  # flow paths do not read timestep_spacing

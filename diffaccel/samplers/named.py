@@ -25,9 +25,9 @@ def _second_order(solver_type: str, own: str) -> SecondOrder:
 class DPMSolverScheduler(SolverScheduler):
     """DPM-Solver++ multistep of order 1 to 3, ODE and SDE (arXiv:2211.01095); for `DPMSolverMultistepScheduler`.
 
-    `solver_order=3` is the printed and shipped form, which halves one weight and is of second order: at up to 20 calls it
-    was the better one wherever we measured (benchmarks/results). The third-order one is the factory's `dpmpp_3m`, or
-    `solver_options={"halve_curvature": False}`. The noise-prediction forms `dpmsolver`, `sde-dpmsolver` are refused.
+    `solver_order=3` is the printed and shipped form, which halves one weight and is of second order: at up to 20 calls
+    it was the better one wherever we measured (benchmarks/results). The third-order one is the factory's `dpmpp_3m`, or
+    `solver_options={"halve_curvature": False}`. Noise-prediction forms (`dpmsolver`, `sde-dpmsolver`) are refused.
     """
 
     def make_solver(self) -> ExponentialAdams:

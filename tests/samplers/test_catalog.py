@@ -28,15 +28,14 @@ def test_factory_makes_the_named_solver(name, config):
 def test_factory_sets_the_named_schedule(schedule, config):
     if schedule == "flow" and config is CONFIG:
         with pytest.raises(ValueError, match="is for flow-matching models"):
-            diffaccel.scheduler("dpmpp_2m", config, schedule=schedule).set_timesteps(8)
+            diffaccel.scheduler("dpmpp_2m", config, schedule=schedule)
         return
     levels = []
-    for other in (schedule, "trailing" if schedule != "trailing" else "karras"):
+    for other in (schedule, "karras" if schedule != "karras" else "trailing"):
         scheduler = diffaccel.scheduler("dpmpp_2m", config, schedule=other)
         scheduler.set_timesteps(8)
         levels.append(scheduler.sigmas.tolist())
-    same = config is FLOW and schedule == "linspace"  # even sigmas from 1 either way
-    assert (levels[0] == pytest.approx(levels[1], rel=2e-3)) == same
+    assert levels[0] != pytest.approx(levels[1], rel=1e-2)
 
 
 @pytest.mark.parametrize(
