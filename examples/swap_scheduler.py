@@ -18,7 +18,7 @@ def main() -> None:
     """Draw the same noise three ways: many steps of the pipeline's own scheduler, few of it, few of ours."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="emoji-sd", help="a zoo name, a folder or a hub id")
-    parser.add_argument("--prompt", default="red heart, twemoji style")
+    parser.add_argument("--prompt", default="evergreen tree, twemoji style")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--output", type=Path, default=Path("swap_scheduler.png"))
