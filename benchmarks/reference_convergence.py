@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> str:
         call = {"num_inference_steps": steps, "guidance_scale": args.guidance_scale, "output_type": "latent"}
         return pipe(prompts, generator=generators, **call).images.float().cpu()
 
+    key = reference_key(pipe)[:16]  # before the pipeline gets other schedulers
     truth = solve(TRUTH[0], args.truth_steps, **TRUTH[1])
     runs = [(solver, options, steps) for solver, options in CONTENDERS for steps in args.steps]
     # Every trained timestep once, none between them: the solution as Diffusers' own clock has it.
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     head = (
         f"# Convergence: `{args.model}`, guidance scale {args.guidance_scale:g}\n\nLatent MSE to {args.truth_steps} "
         f"steps of {TRUTH[0]} on the log-SNR grid, exact times, pair by pair. Weights and noise schedule "
-        f"`{reference_key(pipe)[:16]}`, torch {torch.__version__}.\n\n"
+        f"`{key}`, torch {torch.__version__}.\n\n"
     )
     text = head + "\n".join(lines) + "\n"
     args.output.mkdir(parents=True, exist_ok=True)
