@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--prompt", action="append", required=True, help="text; may be given several times")
     sample.add_argument("--scheduler", default="dpmpp_2m", help="a name from `diffaccel list` (default: dpmpp_2m)")
     sample.add_argument("--schedule", help="a name from `diffaccel list` (default: what the model's config asks for)")
+    sample.add_argument("--final", choices=("zero", "sigma_min"), default="zero", help="end of the run (default: zero)")
     sample.add_argument("--steps", type=int, default=10, help="network calls (default: 10)")
     sample.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: the pipeline's)")
     sample.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next ones count up")
@@ -69,6 +70,7 @@ def _sample(args: argparse.Namespace) -> None:
         args.prompt,
         scheduler=args.scheduler,
         schedule=args.schedule,
+        final=args.final,
         steps=args.steps,
         guidance_scale=args.guidance_scale,
         seed=args.seed,
@@ -98,6 +100,8 @@ def _list(args: argparse.Namespace) -> None:
 SCHEDULE_NOTES = {
     "linspace": "even timesteps, the last one left out",
     "leading": "even timesteps from the clean end",
+    "ddim_uniform": "even timesteps from 0, as DDIM",
+    "normal": "even timesteps, both ends",
     "trailing": "even timesteps from the noisy end",
     "beta": "Beta(0.6, 0.6) quantiles of the timesteps",
     "karras": "EDM's rho = 7",

@@ -40,7 +40,7 @@ class Result:
     Attributes:
         method: what ran.
         network_calls: calls of the U-Net per picture (each on the CFG pair).
-        seconds: wall time of the denoising loops of all pictures together.
+        seconds: wall time of the pipeline call for all pictures, without decoding.
         latent_mse: of the latents.
         psnr: of the decoded pictures, in dB.
         emoji_clip: 1 - cosine of the emoji-clip features of the pictures.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -17,7 +17,11 @@ from diffaccel.samplers.catalog import scheduler as make_scheduler
 
 def load_pipeline(model: str, device: str | None = None, dtype: str | None = None) -> DiffusionPipeline:
     """Pipeline of a zoo name, a local folder or a hub id, on `device` (default: what there is)."""
+    if model == "emoji-clip":
+        raise ValueError("emoji-clip is a feature extractor and makes no pictures; use emoji-sd")
     device = device or _best_device()
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here; use --device cpu")
     kind = getattr(torch, dtype) if dtype else (torch.float32 if device == "cpu" else torch.float16)
     pipe = zoo.load(model, dtype=kind) if model in zoo.NAMES else DiffusionPipeline.from_pretrained(model, dtype=kind)
     return pipe.to(device)
@@ -29,6 +33,7 @@ def sample(
     *,
     scheduler: str = "dpmpp_2m",
     schedule: str | None = None,
+    final: Literal["zero", "sigma_min"] = "zero",
     steps: int = 10,
     guidance_scale: float | None = None,
     seed: int = 0,
@@ -43,7 +48,7 @@ def sample(
     if steps < 1:
         raise ValueError(f"--steps must be 1 or more, not {steps}")
     pipe: Any = load_pipeline(model, device, dtype)
-    pipe.scheduler = make_scheduler(scheduler, pipe, schedule=schedule)
+    pipe.scheduler = make_scheduler(scheduler, pipe, schedule=schedule, final=final)
     options = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     output.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []

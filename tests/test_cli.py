@@ -55,10 +55,13 @@ def test_demo_writes_grid_and_numbers(tmp_path, capsys):
         (["sample", "emoji-sd", "--prompt", "x", "--schedule", "foo"], "unknown schedule 'foo'; use linspace"),
         (["sample", "emoji-sd", "--prompt", "x", "--steps", "0"], "must be 1 or more, not 0"),
         (["sample", "emoji-sd", "--prompt", "x", "--steps", "1001"], "1000 training timesteps, not 1001"),
+        (["sample", "emoji-clip", "--prompt", "x"], "makes no pictures; use emoji-sd"),
+        (["sample", "emoji-sd", "--prompt", "x", "--device", "cuda"], "no CUDA device here"),
         (["demo", "--steps", "-1"], "must be 1 or more, not -1"),
     ],
 )
-def test_bad_input_is_one_sentence_without_a_traceback(arguments, words, capsys, tmp_path):
+def test_bad_input_is_one_sentence_without_a_traceback(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith("diffaccel: error: ")

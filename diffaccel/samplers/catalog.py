@@ -12,8 +12,8 @@ from diffaccel.samplers.named import DDIMSolverScheduler, DPMSolverScheduler, Fl
 from diffaccel.samplers.scheduler import SolverScheduler
 from diffaccel.samplers.solver import SOLVERS
 
-# Two spacings are what a config key means for one Diffusers class, and are not asked for by name.
-SCHEDULES = tuple(name for name in SPACINGS if name not in ("ddim_uniform", "flow_linspace"))
+# One spacing is what a config key means for one Diffusers class, and is not asked for by name.
+SCHEDULES = tuple(name for name in SPACINGS if name != "flow_linspace")
 
 # Other programs' names, squeezed (see `_squeeze`), and what they are here. Schedule names may follow a solver's.
 SOLVER_ALIASES = {
@@ -23,18 +23,15 @@ SOLVER_ALIASES = {
     "dpm++ 3m sde": "dpmpp_3m_sde_shipped",
     "dpmpp 2m sde gpu": "dpmpp_2m_sde",
     "dpmpp 3m sde gpu": "dpmpp_3m_sde_shipped",
-    "uni pc": "unipc_3",
+    "uni pc": "unipc_3_bh1",
     "uni pc bh2": "unipc_3",
     "unipc 2": "unipc",
 }
 SCHEDULE_ALIASES = {
-    "normal": "linspace",
-    "uniform": "linspace",
-    "automatic": "linspace",
+    "uniform": "normal",
     "simple": "trailing",
-    "sgm uniform": "trailing",
-    "ddim uniform": "leading",
-    "ddim": "leading",
+    "sgm uniform": "linspace",
+    "ddim": "ddim_uniform",
     "lu": "logsnr",
     "log snr": "logsnr",
 }
@@ -59,7 +56,8 @@ def scheduler(
         pipe_or_config: a pipeline, or its `pipe.scheduler.config`.
         schedule: a name from `diffaccel list`; None keeps what the config asks for.
         timesteps: `float` tells the network exact times, `integer` rounds them as Diffusers does.
-        final: end at sigma = 0, or at the smallest sigma the network was trained on.
+        final: end at sigma = 0, or at the smallest sigma the network was trained on, whatever the config says. Runs on
+            given `sigmas` end at 0 and tell exact times.
         start: `euler`, or `singlestep` for a start without a first-order step (deterministic solvers).
         options: config keys (`thresholding`, `shift`, ...) or fields of the solver (`eta`, ...).
 
@@ -76,6 +74,9 @@ def scheduler(
     cls, keys = _class_keys(name, flow)
     keys |= {"final_sigmas_type": final, "set_alpha_to_one": final == "zero"}
     solver_options = keys.pop("solver_options", {})
+    kept = (config.get("solver_options") or {}).get("schedule")
+    if chosen is None and kept is not None:  # a config of ours
+        solver_options["schedule"] = kept
     if chosen is not None:
         spacing = boundary.spacing_config(chosen, flow)
         solver_options |= spacing.pop("solver_options", {})
@@ -125,8 +126,9 @@ def _class_keys(name: str, flow: bool) -> tuple[type[SolverScheduler], dict[str,
     if name in ("ddim", "euler"):
         return (FlowEulerScheduler if flow else DDIMSolverScheduler), {}
     if name.startswith("unipc"):
-        return UniPCScheduler, {"solver_order": rule.order, "solver_type": "bh1" if rule.second == "bh1" else "bh2"}
-    keys: dict[str, Any] = {"solver_order": rule.order}
+        kind = "bh1" if rule.second == "bh1" else "bh2"
+        return UniPCScheduler, {"solver_order": rule.order, "solver_type": kind, "lower_order_final": True}
+    keys: dict[str, Any] = {"solver_order": rule.order, "solver_type": "midpoint", "lower_order_final": True}
     keys["algorithm_type"] = "sde-dpmsolver++" if rule.eta else "dpmsolver++"
     if rule.order == 3:  # the class takes the shipped form by default
         keys["solver_options"] = {"halve_curvature": rule.halve_curvature}

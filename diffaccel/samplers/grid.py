@@ -58,6 +58,11 @@ def ddim_uniform(last: int, n: int, offset: int) -> FloatArray:
     return _inside(np.arange(n - 1, -1, -1) * ((last + 1) / n) + offset, last)
 
 
+def normal(last: int, n: int, offset: int) -> FloatArray:
+    """N evenly spaced positions, both ends included: the `normal` schedule of ComfyUI, A1111's uniform."""
+    return np.linspace(last, 0, n)
+
+
 def trailing(last: int, n: int, offset: int) -> FloatArray:
     """From the very last training timestep in steps of T / n (arXiv:2305.08891, table 2)."""
     return (last + 1) * (1 - np.arange(n) / n) - 1
@@ -91,6 +96,7 @@ INDEX_SPACINGS: dict[str, Callable[[int, int, int], FloatArray]] = {
     "linspace": linspace,
     "leading": leading,
     "ddim_uniform": ddim_uniform,
+    "normal": normal,
     "trailing": trailing,
     "flow_linspace": flow_linspace,
     "beta": beta,

@@ -68,7 +68,8 @@ def make_plan(
         start: `euler` makes a first-order first step. `singlestep` redoes it with the prediction made at its end,
             which costs nothing and is the two-stage step of DPM-Solver-2 (arXiv:2206.00927) with the first interval
             as its stage; solvers of order 4 also call the network a second time at the second node, and redo the
-            first two intervals together. Deterministic solvers only.
+            first two intervals together (not from `begin` > 0, where the second call has been sliced off or is spent
+            for nothing). Deterministic solvers only.
     """
     if start == "singlestep" and solver.eta:
         raise ValueError("start='singlestep' redoes a step and so needs a deterministic solver; use start='euler'")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffaccel.samplers.config import spacing as spacing_of
-from diffaccel.samplers.grid import Final, TimeGrid, grid_from_sigmas, grid_from_timesteps, time_grid
+from diffaccel.samplers.grid import SIGMA_SPACINGS, Final, TimeGrid, grid_from_sigmas, grid_from_timesteps, time_grid
 from diffaccel.samplers.plan import second_call_needed
 from diffaccel.samplers.schedule import NoiseSchedule
 from diffaccel.samplers.solver import Solver
@@ -52,7 +52,9 @@ def requested_grid(
             # their number and ends, as in FlowMatchEulerDiscreteScheduler.
             low, high = (float(s) for s in schedule.sigma_at([grid.lambdas[-2], grid.lambdas[0]]))
             count = len(grid.timesteps)
-            grid = time_grid(schedule, count, spacing, final=final, shift=shift, sigma_range=(low, high))
+            # Karras and exponential levels end where the pipeline's do; what comes after them is sigma = 0.
+            end = "zero" if spacing in SIGMA_SPACINGS else final
+            grid = time_grid(schedule, count, spacing, final=end, shift=shift, sigma_range=(low, high))
     else:
         assert timesteps is not None
         grid = grid_from_timesteps(schedule, timesteps, final)

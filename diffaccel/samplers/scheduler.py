@@ -191,7 +191,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             device: where `timesteps` and the coefficients live.
             timesteps: strictly decreasing network times. With `sigmas`, only what the network is told.
             sigmas: strictly decreasing sigma / alpha, or sigma on flow paths, where the shift is applied to them; a
-                last 0 may be left out.
+                last 0 may be left out. Such runs end at 0 and tell exact times.
             mu: shift of flow models with dynamic shifting; ignored by those with a static shift.
         """
         self.grid = grid = requested_grid(
@@ -259,7 +259,6 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start at step `begin_index` (image-to-image); the multistep warm-up starts there too."""
-        self._begin_index = begin_index
         if self.num_inference_steps is not None:
             if not 0 <= begin_index < self.num_inference_steps:
                 raise ValueError(
@@ -267,6 +266,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
                 )
             self._reset()
             self._prepare(begin_index)
+        self._begin_index = begin_index
 
     def index_for_timestep(self, timestep: float | Tensor) -> int:
         """Index of the step made at `timestep`, one of `self.timesteps`; without a device sync where it is a view."""

@@ -171,4 +171,5 @@ SOLVERS: dict[str, ExponentialAdams] = {
     "unipc_1_bh1": ExponentialAdams(order=1, second="bh1", corrector=True, lower_final=ALWAYS),
     "unipc": ExponentialAdams(order=2, second="midpoint", corrector=True, lower_final=ALWAYS),
     "unipc_3": ExponentialAdams(order=3, second="midpoint", corrector=True, lower_final=ALWAYS),
+    "unipc_3_bh1": ExponentialAdams(order=3, second="bh1", corrector=True, lower_final=ALWAYS),
 }

@@ -48,7 +48,9 @@ def test_factory_sets_the_named_schedule(schedule, config):
         ("DPM++ 3M SDE", "dpmpp_3m_sde_shipped", None),
         ("uni_pc_bh2", "unipc_3", None),
         ("UniPC", "unipc", None),
-        ("Euler SGM Uniform", "euler", "trailing"),
+        ("Euler SGM Uniform", "euler", "linspace"),
+        ("uni_pc", "unipc_3_bh1", None),
+        ("DPM++ 2M normal", "dpmpp_2m", "normal"),
         ("DDIM", "ddim", None),
     ],
 )
@@ -70,3 +72,26 @@ def test_options_reach_config_and_solver():
     assert scheduler.config["thresholding"]
     assert scheduler.solver.second == "exact"
     assert scheduler.config["final_sigmas_type"] == "sigma_min"
+
+
+def test_a_name_wins_over_the_solver_keys_of_the_config():
+    stock = diffusers.DPMSolverMultistepScheduler(solver_type="heun", lower_order_final=False)
+    assert diffaccel.scheduler("dpmpp_2m", stock.config).solver == SOLVERS["dpmpp_2m"]
+
+
+@pytest.mark.parametrize("schedule", ["beta", "karras", "trailing"])
+@pytest.mark.parametrize("config", [CONFIG, FLOW], ids=["vp", "flow"])
+def test_another_solver_keeps_the_schedule_of_a_config_of_ours(schedule, config):
+    first = diffaccel.scheduler("unipc", config, schedule=schedule)
+    second = diffaccel.scheduler("dpmpp_2m", first.config)
+    for scheduler in (first, second):
+        scheduler.set_timesteps(7)
+    assert first.sigmas.tolist() == second.sigmas.tolist()
+
+
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_runs_on_a_flow_pipelines_sigmas_end_without_noise(schedule, final):
+    scheduler = diffaccel.scheduler("dpmpp_2m", FLOW, schedule=schedule, final=final)
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    assert scheduler.sigmas[-1] < 0.01  # the end of the shifted table
