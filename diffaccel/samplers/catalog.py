@@ -68,8 +68,7 @@ def scheduler(
     config = getattr(getattr(pipe_or_config, "scheduler", None), "config", pipe_or_config)
     if not isinstance(config, Mapping):
         raise TypeError(f"expected a pipeline or its scheduler's config, not {type(pipe_or_config).__name__}")
-    flow = boundary.is_flow_match(config) or config.get("prediction_type") == "flow_prediction"
-    flow = flow or bool(config.get("use_flow_sigmas"))
+    flow = boundary.is_flow(config)
     chosen = parse_schedule(schedule) if schedule is not None else named_schedule
     cls, keys = _class_keys(name, flow)
     keys |= {"final_sigmas_type": final, "set_alpha_to_one": final == "zero"}

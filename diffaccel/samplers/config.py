@@ -109,8 +109,9 @@ def is_flow_match(config: Mapping[str, Any]) -> bool:
 
 
 def is_flow(config: Mapping[str, Any]) -> bool:
-    """Whether a config of ours runs the rectified-flow path."""
-    return config["prediction_type"] == "flow_prediction" or bool(config["use_flow_sigmas"])
+    """Whether a config, of ours or of Diffusers, is that of a rectified-flow model."""
+    named = config.get("prediction_type") == "flow_prediction" or bool(config.get("use_flow_sigmas"))
+    return named or is_flow_match(config)
 
 
 def noise_schedule(c: Mapping[str, Any]) -> NoiseSchedule:

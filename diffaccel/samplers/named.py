@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffaccel.samplers.config import is_flow_match
+from diffaccel.samplers.config import is_flow
 from diffaccel.samplers.grid import Final
 from diffaccel.samplers.scheduler import SolverScheduler
 from diffaccel.samplers.solver import ALWAYS, SOLVERS, ExponentialAdams, SecondOrder
@@ -98,8 +98,7 @@ class FlowEulerScheduler(SolverScheduler):
 
     @classmethod
     def _adopt(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        flow = is_flow_match(config) or config.get("prediction_type") == "flow_prediction"
-        if not flow and not config.get("use_flow_sigmas"):
+        if not is_flow(config):
             raise ValueError(
                 "FlowEulerScheduler is for flow-matching models, and this config is of another kind; use "
                 "DDIMSolverScheduler, which is the same first-order rule"
