@@ -12,14 +12,15 @@ PATHS = {
     "vp": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
     "flow": {"prediction_type": "flow_prediction"},
 }
+CLIPPED = {"lambda_min_clipped": -1.0}
 STEPS = [80, 160, 320]
 ODE = [name for name, solver in SOLVERS.items() if not solver.eta]
 SDE = [name for name, solver in SOLVERS.items() if solver.eta]
 
 
-def scheduler_for(name: str, path: str = "vp", **options) -> SolverScheduler:
+def scheduler_for(name: str, path: str = "vp", keys: dict | None = None, **options) -> SolverScheduler:
     options = {"solver": name, "lower_final": 0, **({"schedule": "flow"} if path == "flow" else {}), **options}
-    scheduler = SolverScheduler(**PATHS[path], solver_options=options)
+    scheduler = SolverScheduler(**PATHS[path], **(keys or {}), solver_options=options)
     scheduler.register_to_config(prediction_type="sample")  # the problem gives x0 itself, on either path
     return scheduler
 
@@ -56,17 +57,28 @@ def test_order_from_pure_noise_is_at_least_two(name):
     assert observed >= min(SOLVERS[name].convergence_order, 2) - 0.25
 
 
-@pytest.mark.parametrize("schedule", ["logsnr", "karras"])
-@pytest.mark.parametrize("name", ODE)
-def test_singlestep_start_restores_declared_order(name, schedule):
-    y, observed = np.array([3.0, -5.0, 4.0, 1.0]), []
+def order_from_noise(name: str, schedule: str, start: str) -> float:
+    """Observed order from a start at sigma = 2.7, where x0 changes: from sigma = 14.6 the first steps hardly matter."""
+    y, observed = np.array([1.5, -2.0, 1.0, 0.5]), []
     for n in STEPS:
-        scheduler = scheduler_for(name, schedule=schedule, start="singlestep")
+        scheduler = scheduler_for(name, "vp", CLIPPED, schedule=schedule, start=start)
         scheduler.set_timesteps(n)
         assert len(scheduler.timesteps) == n
         ends = np.array([scheduler.grid.lambdas[0], scheduler.grid.lambdas[-2]])
         observed.append(np.abs(run(scheduler, y) - exact(y, ends)[-1]).max())
-    assert slope(observed, STEPS) >= SOLVERS[name].convergence_order - 0.25
+    return slope(observed, STEPS)
+
+
+@pytest.mark.parametrize("schedule", ["logsnr", "karras"])
+@pytest.mark.parametrize("name", ODE)
+def test_singlestep_start_restores_declared_order(name, schedule):
+    assert order_from_noise(name, schedule, "singlestep") >= SOLVERS[name].convergence_order - 0.25
+
+
+@pytest.mark.parametrize("name", ["dpmpp_3m", "unipc_3"])
+def test_euler_start_costs_an_order(name):
+    """What the singlestep start is for; if this fails, the test above proves nothing."""
+    assert order_from_noise(name, "logsnr", "euler") < SOLVERS[name].convergence_order - 0.25
 
 
 def test_shipped_third_order_is_second_order():
