@@ -11,7 +11,7 @@ from diffusers_candidates import ays
 
 import diffaccel
 from diffaccel.samplers.catalog import SCHEDULES
-from diffaccel.samplers.solver import SOLVERS
+from diffaccel.samplers.solvers import SOLVERS
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def our_candidates() -> Iterator[Ours]:
     """Every deterministic solver of ours x schedule x start x end x clock, and on the AYS table."""
-    named = {name: (name, {}) for name, rule in SOLVERS.items() if not rule.eta and name != "euler"}  # euler is ddim
+    named = {name: (name, {}) for name, rule in SOLVERS.items() if not rule.stochastic and name != "euler"}  # euler is ddim
     for (label, (solver, variant)), start in itertools.product((named | VARIANTS).items(), ("euler", "singlestep")):
         for schedule, final, clock in itertools.product(SCHEDULES, ("zero", "sigma_min"), ("float", "integer")):
             if schedule != "flow" and (clock == "float" or final == "zero"):

@@ -7,14 +7,48 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMix
 from diffaccel import zoo as zoo
 from diffaccel.portable import register_loadable, save_pretrained
 from diffaccel.samplers.catalog import scheduler
-from diffaccel.samplers.named import DDIMSolverScheduler, DPMSolverScheduler, FlowEulerScheduler, UniPCScheduler
+from diffaccel.samplers.named import (
+    NAMED,
+    AcceleratedDDIMScheduler,
+    AcceleratedDDPMScheduler,
+    DDIMSolverScheduler,
+    DEISScheduler,
+    DPMSinglestepScheduler,
+    DPMSolverScheduler,
+    EDMStochasticScheduler,
+    ERSDEScheduler,
+    EulerAncestralScheduler,
+    FlowEulerScheduler,
+    GradientEstimationScheduler,
+    HeunScheduler,
+    LMSScheduler,
+    PseudoNDMScheduler,
+    RESScheduler,
+    SAScheduler,
+    SEEDSScheduler,
+    UniPCScheduler,
+)
 from diffaccel.samplers.scheduler import SolverScheduler
 
 __version__ = "0.1.0"
 __all__ = [
+    "AcceleratedDDIMScheduler",
+    "AcceleratedDDPMScheduler",
     "DDIMSolverScheduler",
+    "DEISScheduler",
+    "DPMSinglestepScheduler",
     "DPMSolverScheduler",
+    "EDMStochasticScheduler",
+    "ERSDEScheduler",
+    "EulerAncestralScheduler",
     "FlowEulerScheduler",
+    "GradientEstimationScheduler",
+    "HeunScheduler",
+    "LMSScheduler",
+    "PseudoNDMScheduler",
+    "RESScheduler",
+    "SAScheduler",
+    "SEEDSScheduler",
     "SolverScheduler",
     "UniPCScheduler",
     "save_pretrained",
@@ -23,6 +57,6 @@ __all__ = [
 ]
 
 # Saved pipelines name a class by its module: the short name lets files move (`["diffaccel", "DPMSolverScheduler"]`).
-for _cls in (SolverScheduler, DDIMSolverScheduler, DPMSolverScheduler, UniPCScheduler, FlowEulerScheduler):
+for _cls in NAMED:
     _cls.__module__ = "diffaccel"
 register_loadable()

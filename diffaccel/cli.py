@@ -42,7 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--prompt", action="append", required=True, help="text; may be given several times")
     sample.add_argument("--scheduler", default="dpmpp_2m", help="a name from `diffaccel list` (default: dpmpp_2m)")
     sample.add_argument("--schedule", help="a name from `diffaccel list` (default: what the model's config asks for)")
-    sample.add_argument("--final", choices=("zero", "sigma_min"), default="zero", help="end of the run (default: zero)")
+    ends = ("zero", "sigma_min", "corrector")
+    sample.add_argument("--final", choices=ends, default="zero", help="end of the run (default: zero)")
     sample.add_argument("--steps", type=int, default=10, help="network calls (default: 10)")
     sample.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: the pipeline's)")
     sample.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next ones count up")
@@ -84,13 +85,16 @@ def _sample(args: argparse.Namespace) -> None:
 
 def _list(args: argparse.Namespace) -> None:
     from diffaccel.samplers.catalog import SCHEDULE_ALIASES, SCHEDULES, SOLVER_ALIASES
-    from diffaccel.samplers.solver import SOLVERS
+    from diffaccel.samplers.plan import is_singlestep
+    from diffaccel.samplers.solvers import SOLVERS, SOURCES
 
     print("solvers")
     for name, solver in SOLVERS.items():
-        kind = "SDE" if solver.eta else "ODE"
+        kind = "SDE" if solver.stochastic else "ODE"
+        calls = f"{solver.stages} calls a step" if is_singlestep(solver) and solver.stages > 1 else "1 call a step"
         aliases = [alias for alias, target in SOLVER_ALIASES.items() if target == name]
-        print(f"  {name:22} {kind}, order {solver.convergence_order}{_also(aliases)}")
+        what = f"{kind}, order {solver.convergence_order}, {calls}, {SOURCES[name]}"
+        print(f"  {name:22} {what}{_also(aliases)}")
     print("schedules")
     for name in SCHEDULES:
         print(f"  {name:22} {SCHEDULE_NOTES[name]}{_also([a for a, t in SCHEDULE_ALIASES.items() if t == name])}")
@@ -104,8 +108,19 @@ SCHEDULE_NOTES = {
     "normal": "even timesteps, both ends",
     "trailing": "even timesteps from the noisy end",
     "beta": "Beta(0.6, 0.6) quantiles of the timesteps",
+    "beta57": "Beta(0.5, 0.7) quantiles of the timesteps",
+    "quadratic": "timesteps even in their square root",
     "karras": "EDM's rho = 7",
     "exponential": "even log sigma",
+    "kl_optimal": "even arctan of sigma",
+    "linear_quadratic": "half of the calls on the first 2.5 % of the noise (Mochi, LTX)",
+    "bong_tangent": "two arctangents that meet halfway down",
+    "gradient_estimation": "even log sigma to T / n, then a long last step",
+    "ays_sd15": "Align Your Steps, networks like Stable Diffusion 1.5",
+    "ays_sdxl": "Align Your Steps, networks like SDXL",
+    "ays_svd": "Align Your Steps, Stable Video Diffusion",
+    "ays_deepfloyd": "Align Your Steps, DeepFloyd IF stage 1",
+    "gits_sd15": "GITS, networks like Stable Diffusion 1.5",
     "logsnr": "even log signal-to-noise ratio",
     "flow": "flow-matching models: even sigma, shifted",
 }

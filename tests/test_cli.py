@@ -8,7 +8,7 @@ from PIL import Image
 import diffaccel
 from diffaccel.cli import main
 from diffaccel.samplers.catalog import SCHEDULES
-from diffaccel.samplers.solver import SOLVERS
+from diffaccel.samplers.solvers import SOLVERS
 
 
 def test_list_names_every_solver_and_schedule(capsys):

@@ -7,10 +7,18 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from diffaccel.samplers import config as boundary
-from diffaccel.samplers.grid import SPACINGS
-from diffaccel.samplers.named import DDIMSolverScheduler, DPMSolverScheduler, FlowEulerScheduler, UniPCScheduler
+from diffaccel.samplers.exponential import ExponentialAdams
+from diffaccel.samplers.grid import Final
+from diffaccel.samplers.named import (
+    ONE_SOLVER,
+    DDIMSolverScheduler,
+    DPMSolverScheduler,
+    FlowEulerScheduler,
+    UniPCScheduler,
+)
 from diffaccel.samplers.scheduler import SolverScheduler
-from diffaccel.samplers.solver import SOLVERS
+from diffaccel.samplers.solvers import SOLVERS
+from diffaccel.samplers.spacing import SPACINGS
 
 # One spacing is what a config key means for one Diffusers class, and is not asked for by name.
 SCHEDULES = tuple(name for name in SPACINGS if name != "flow_linspace")
@@ -26,6 +34,21 @@ SOLVER_ALIASES = {
     "uni pc": "unipc_3_bh1",
     "uni pc bh2": "unipc_3",
     "unipc 2": "unipc",
+    "dpm++ 2s a": "dpmpp_2s_ancestral",
+    "dpm++ sde": "seeds_2",  # the same rule, with the exact noise of a Brownian path
+    "dpmpp sde": "seeds_2",
+    "dpmpp sde gpu": "seeds_2",
+    "dpm2": "dpm_2s",  # stages at the geometric mean of the sigmas are stages at half of the step in log-SNR
+    "dpm 2": "dpm_2s",
+    "dpm2 a": "dpm_2s_ancestral",
+    "dpm 2 ancestral": "dpm_2s_ancestral",
+    "euler a": "euler_ancestral",
+    "lms": "deis_rhoab3",
+    "ipndm v": "deis_rhoab3",
+    "deis": "deis_tab2",
+    "res multistep": "res_2m",
+    "er sde": "er_sde_3",
+    "edm heun": "heun",
 }
 SCHEDULE_ALIASES = {
     "uniform": "normal",
@@ -34,6 +57,10 @@ SCHEDULE_ALIASES = {
     "ddim": "ddim_uniform",
     "lu": "logsnr",
     "log snr": "logsnr",
+    "align your steps sd15": "ays_sd15",
+    "align your steps sdxl": "ays_sdxl",
+    "align your steps svd": "ays_svd",
+    "gits": "gits_sd15",
 }
 
 
@@ -43,8 +70,9 @@ def scheduler(
     *,
     schedule: str | None = None,
     timesteps: Literal["float", "integer"] = "float",
-    final: Literal["zero", "sigma_min"] = "zero",
+    final: Final = "zero",
     start: Literal["euler", "singlestep"] = "euler",
+    strength: float = 1.0,
     **options: Any,
 ) -> SolverScheduler:
     """Scheduler for a pipeline, by the names of a solver and a schedule.
@@ -56,9 +84,11 @@ def scheduler(
         pipe_or_config: a pipeline, or its `pipe.scheduler.config`.
         schedule: a name from `diffaccel list`; None keeps what the config asks for.
         timesteps: `float` tells the network exact times, `integer` rounds them as Diffusers does.
-        final: end at sigma = 0, or at the smallest sigma the network was trained on, whatever the config says. Runs on
-            given `sigmas` end at 0 and tell exact times.
+        final: end at sigma = 0, or at the smallest sigma the network was trained on, whatever the config says;
+            `corrector` makes the last call there and redoes the last step with it. Runs on given `sigmas` end at 0.
         start: `euler`, or `singlestep` for a start without a first-order step (deterministic solvers).
+        strength: image-to-image: what the pipeline gets as `strength`, given here too, spreads its calls over the noise
+            below that level. 1 leaves it to the pipeline, which cuts the grid of the whole range.
         options: config keys (`thresholding`, `shift`, ...) or fields of the solver (`eta`, ...).
 
     Raises:
@@ -81,6 +111,8 @@ def scheduler(
         solver_options |= spacing.pop("solver_options", {})
         keys |= spacing
     solver_options |= {k: v for k, v in (("timesteps", timesteps), ("start", start)) if v not in ("float", "euler")}
+    if strength != 1:
+        solver_options["strength"] = strength
     accepted = cls._get_init_keys(cls)
     solver_options |= {k: v for k, v in options.items() if k not in accepted}
     keys |= {k: v for k, v in options.items() if k in accepted}
@@ -124,11 +156,16 @@ def _class_keys(name: str, flow: bool) -> tuple[type[SolverScheduler], dict[str,
     rule = SOLVERS[name]
     if name in ("ddim", "euler"):
         return (FlowEulerScheduler if flow else DDIMSolverScheduler), {}
-    if name.startswith("unipc"):
+    for cls in ONE_SOLVER:
+        if cls._solver == name:
+            return cls, {}
+    if name in ("unipc_1", "unipc_1_bh1", "unipc", "unipc_3", "unipc_3_bh1") and isinstance(rule, ExponentialAdams):
         kind = "bh1" if rule.second == "bh1" else "bh2"
         return UniPCScheduler, {"solver_order": rule.order, "solver_type": kind, "lower_order_final": True}
-    keys: dict[str, Any] = {"solver_order": rule.order, "solver_type": "midpoint", "lower_order_final": True}
-    keys["algorithm_type"] = "sde-dpmsolver++" if rule.eta else "dpmsolver++"
-    if rule.order == 3:  # the class takes the shipped form by default
-        keys["solver_options"] = {"halve_curvature": rule.halve_curvature}
-    return DPMSolverScheduler, keys
+    if name.startswith("dpm") and isinstance(rule, ExponentialAdams):
+        keys: dict[str, Any] = {"solver_order": rule.order, "solver_type": "midpoint", "lower_order_final": True}
+        keys["algorithm_type"] = ("sde-" if rule.eta else "") + ("dpmsolver++" if rule.memory == "x0" else "dpmsolver")
+        if rule.order == 3:  # the class takes the shipped form by default
+            keys["solver_options"] = {"halve_curvature": rule.halve_curvature}
+        return DPMSolverScheduler, keys
+    return SolverScheduler, {"solver_options": {"solver": name}}

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from diffaccel.samplers.grid import SPACINGS, karras
 from diffaccel.samplers.schedule import NoiseSchedule, betas, zero_terminal_snr
+from diffaccel.samplers.spacing import check_spacing, karras
 
 # Classes whose JSON ours can open. Their networks are told a time and see x on a path we know.
 OPENED = (
@@ -166,10 +166,7 @@ SPACING_KEYS = {
 
 def spacing_config(name: str, flow: bool) -> dict[str, Any]:
     """Config keys that ask for spacing `name`, in Diffusers' own words wherever it has them."""
-    if name not in SPACINGS:
-        raise ValueError(f"unknown schedule {name!r}; use {', '.join(SPACINGS)}")
-    if name == "flow" and not flow:
-        raise ValueError("schedule 'flow' is for flow-matching models; use linspace, trailing, karras or logsnr here")
+    check_spacing(name, flow)
     keys: dict[str, Any] = {key: value == name for key, value in SPACING_KEYS.items()}
     if name in ("linspace", "leading", "trailing"):
         keys["timestep_spacing"] = name

@@ -1,21 +1,19 @@
-"""TimeGrid: which noise levels are visited. Every spacing is a short function; each works with every solver.
-
-Two kinds: an index spacing picks positions in the training table (0..T-1, fractions allowed), a sigma spacing picks
-noise levels. A new one is a function plus a line in `INDEX_SPACINGS` or `SIGMA_SPACINGS`.
-"""
+"""TimeGrid: which noise levels are visited, from a named spacing (see `spacing.py`), or from a given list."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 
 from diffaccel.samplers.schedule import FloatArray, NoiseSchedule
+from diffaccel.samplers.spacing import INDEX_SPACINGS, RUN_SPACINGS, SIGMA_SPACINGS, check_spacing, integer_index
 
-Final = Literal["zero", "sigma_min"]
+Final = Literal["zero", "sigma_min", "corrector"]
 Clock = Literal["float", "integer"]
 
 
@@ -25,84 +23,32 @@ class TimeGrid:
 
     Attributes:
         lambdas: n + 1 half log-SNR nodes, increasing; the last is inf when the run ends at sigma = 0. A node may
-            stand twice in a row: the network is then called again at the corrected sample.
+            stand twice in a row: the network is then called again at the corrected sample. Where the last does, the
+            last call is made at the end of the run, to correct the step that led there.
         timesteps: (n,) float64, what the network is told at each node but the last.
+        stages: calls of each step of a singlestep solver, n in all; empty where every call is a step. Noise falls from
+            step to step; calls inside a step may lie below its end.
     """
 
     lambdas: tuple[float, ...]
     timesteps: FloatArray
+    stages: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        steps = np.diff(self.lambdas)
+        steps = np.diff([self.lambdas[i] for i in self.starts()] + [self.lambdas[-1]])
         if len(self.lambdas) != len(self.timesteps) + 1 or np.isnan(steps).any() or (steps < 0).any():
             raise ValueError("the noise levels of a time grid must fall from step to step")
+
+    def starts(self) -> list[int]:
+        """Index of the first call of each step."""
+        if not self.stages:
+            return list(range(len(self.timesteps)))
+        return [sum(self.stages[:i]) for i in range(len(self.stages))]
 
     def with_second_call(self) -> TimeGrid:
         """Let the second node be evaluated twice, for starts that need a better prediction there."""
         lam, t = self.lambdas, self.timesteps
         return TimeGrid((lam[0], lam[1], *lam[1:]), np.array([t[0], t[1], *t[1:]]))
-
-
-def linspace(last: int, n: int, offset: int) -> FloatArray:
-    """N of n + 1 evenly spaced positions, the one at 0 left out (arXiv:2305.08891, table 2, as DPM-Solver++ has it)."""
-    return np.linspace(0, last, n + 1)[:0:-1]
-
-
-def leading(last: int, n: int, offset: int) -> FloatArray:
-    """Multiples of T / (n + 1), plus `offset` (arXiv:2305.08891, table 2, as DPM-Solver++ and UniPC have it)."""
-    return _inside(np.arange(n, 0, -1) * ((last + 1) / (n + 1)) + offset, last)
-
-
-def ddim_uniform(last: int, n: int, offset: int) -> FloatArray:
-    """Multiples of T / n from 0, plus `offset`: what DDIM and Euler call leading."""
-    return _inside(np.arange(n - 1, -1, -1) * ((last + 1) / n) + offset, last)
-
-
-def normal(last: int, n: int, offset: int) -> FloatArray:
-    """N evenly spaced positions, both ends included: the `normal` schedule of ComfyUI, A1111's uniform."""
-    return np.linspace(last, 0, n)
-
-
-def trailing(last: int, n: int, offset: int) -> FloatArray:
-    """From the very last training timestep in steps of T / n (arXiv:2305.08891, table 2)."""
-    return (last + 1) * (1 - np.arange(n) / n) - 1
-
-
-def flow_linspace(last: int, n: int, offset: int) -> FloatArray:
-    """N of n + 1 evenly spaced sigmas from 1 to 1 / T, the last one left out: `use_flow_sigmas` of Diffusers' UniPC."""
-    return np.linspace(last, 1, n + 1)[:-1]
-
-
-def beta(last: int, n: int, offset: int) -> FloatArray:
-    """Quantiles of Beta(0.6, 0.6) over the *timesteps* (arXiv:2407.12173).
-
-    Diffusers' `use_beta_sigmas` applies the quantiles to sigma, which leaves most calls at high noise, and fails from
-    32 steps on.
-    """
-    return last * beta_quantile(np.linspace(1, 0, n + 1)[:-1], 0.6, 0.6)
-
-
-def karras(high: float, low: float, n: int) -> FloatArray:
-    """EDM's rho = 7 spacing (arXiv:2206.00364, eq. 5)."""
-    return np.linspace(high ** (1 / 7), low ** (1 / 7), n) ** 7
-
-
-def exponential(high: float, low: float, n: int) -> FloatArray:
-    """Evenly spaced log sigma."""
-    return np.exp(np.linspace(math.log(high), math.log(low), n))
-
-
-INDEX_SPACINGS: dict[str, Callable[[int, int, int], FloatArray]] = {
-    "linspace": linspace,
-    "leading": leading,
-    "ddim_uniform": ddim_uniform,
-    "normal": normal,
-    "trailing": trailing,
-    "flow_linspace": flow_linspace,
-    "beta": beta,
-}
-SIGMA_SPACINGS: dict[str, Callable[[float, float, int], FloatArray]] = {"karras": karras, "exponential": exponential}
-SPACINGS = (*INDEX_SPACINGS, *SIGMA_SPACINGS, "logsnr", "flow")
 
 
 def time_grid(
@@ -119,24 +65,29 @@ def time_grid(
 ) -> TimeGrid:
     """Grid of `n` network calls, 1 <= n <= T, that ends at sigma = 0 or at the smallest trained sigma.
 
+    On a `truncated` schedule the calls are spread over what it leaves, from its own last timestep.
+
     Args:
         schedule: noise schedule of the network.
         n: number of network calls.
         spacing: one of `SPACINGS`.
         final: `zero` ends on the clean sample, `sigma_min` where the trained noise ends. No node is visited twice.
+            `corrector` ends there too, after n - 1 calls, and makes the last call there (see `TimeGrid`); with a single
+            call it means `zero`.
         clock: `float` tells the network the exact time; `integer` rounds it, as Diffusers does.
         offset: added to the positions of `leading` and `ddim_uniform`, as far as the table reaches.
         shift: flow paths only: the static shift of SD3 (arXiv:2403.03206, eq. 23). It multiplies sigma / alpha, which
             in log-SNR is a translation by -log(shift).
         stretch_to: flow paths only: stretch 1 - sigma so that the last call is made at this sigma (LTX).
-        sigma_range: (smallest, largest) sigma of `karras` and `exponential`; None is the trained one.
+        sigma_range: (smallest, largest) sigma of sigma and run spacings; None is the trained one.
     """
-    if spacing not in SPACINGS:
-        raise ValueError(f"unknown schedule {spacing!r}; use {', '.join(SPACINGS)}")
-    if spacing in ("flow", "flow_linspace") and schedule.path != "flow":
-        raise ValueError("schedule 'flow' is for flow-matching models; use linspace, trailing, karras or logsnr here")
+    check_spacing(spacing, schedule.path == "flow")
     if not 1 <= n <= schedule.count:
         raise ValueError(f"steps must be between 1 and the {schedule.count} training timesteps, not {n}")
+    if final == "corrector" and n > 1:
+        build = partial(time_grid, schedule, spacing=spacing, clock=clock, offset=offset, shift=shift)
+        build = partial(build, stretch_to=stretch_to, sigma_range=sigma_range)
+        return _ending_in_a_call(schedule, build, n, clock)
     nodes = n + 1 if final == "sigma_min" else n
     lam = _nodes(schedule, nodes, n, spacing, clock, offset, shift, sigma_range)
     if schedule.path == "flow" and stretch_to is not None:
@@ -149,10 +100,19 @@ def time_grid(
         end = math.inf  # the last call is made at sigma_min already: spend it on the step to zero
     if len(lam) > 1 and np.diff(lam).min() <= 0:
         raise ValueError(f"{n} steps of {spacing!r} repeat a noise level on the integer clock; use timesteps='float'")
-    times = schedule.time_at(lam)
-    if clock == "integer" and schedule.path != "flow":
-        times = times.round()
-    return TimeGrid((*map(float, lam), end), times)
+    return TimeGrid((*map(float, lam), end), _told(schedule, lam, clock))
+
+
+def preceded(schedule: NoiseSchedule, grid: TimeGrid, count: int, clock: Clock = "float") -> TimeGrid:
+    """The calls of `grid` after `count` others at more noise, which an image-to-image pipeline slices off.
+
+    The added ones are even in time, from the start of the (whole) `schedule`.
+    """
+    times = np.linspace(schedule.times[-1], schedule.time_at(grid.lambdas[0]), count + 1)[:-1]
+    lam = schedule.lambda_at(times)
+    told = times if clock == "float" or schedule.path == "flow" else times.round()
+    stages = (*[1] * count, *grid.stages) if grid.stages else ()
+    return TimeGrid((*map(float, lam), *grid.lambdas), np.concatenate([told, grid.timesteps]), stages)
 
 
 def grid_from_sigmas(
@@ -190,7 +150,10 @@ def grid_from_sigmas(
 
 
 def grid_from_timesteps(schedule: NoiseSchedule, timesteps: Sequence[float] | FloatArray, final: Final) -> TimeGrid:
-    """Grid of given network times, strictly decreasing and inside the trained range."""
+    """Grid of given network times, strictly decreasing and inside the trained range.
+
+    With `final="corrector"` the last of them is the end of the run, and the call made there corrects it.
+    """
     times = _numbers(timesteps)
     low, high = schedule.times[0], schedule.times[-1]
     if not times.size or not (np.diff(times) < 0).all():
@@ -199,6 +162,8 @@ def grid_from_timesteps(schedule: NoiseSchedule, timesteps: Sequence[float] | Fl
         raise ValueError(f"timesteps must lie between {low:g} and {high:g}, the trained range")
     lam = schedule.lambda_at(times)
     end = schedule.lambda_min_noise if final == "sigma_min" and schedule.lambda_min_noise > lam[-1] else math.inf
+    if final == "corrector" and len(lam) > 1:
+        end = float(lam[-1])
     return TimeGrid((*map(float, lam), end), times)
 
 
@@ -211,23 +176,19 @@ def _numbers(values: Sequence[float] | FloatArray) -> FloatArray:
     return array if array.ndim == 1 and np.isfinite(array).all() else np.empty(0)
 
 
-def beta_quantile(q: FloatArray, a: float, b: float) -> FloatArray:
-    """Quantiles of the Beta(a, b) distribution at `q` in [0, 1], to about 1e-6; scipy.stats.beta.ppf without scipy.
+def _ending_in_a_call(schedule: NoiseSchedule, build: Callable[..., TimeGrid], n: int, clock: Clock) -> TimeGrid:
+    """Grid of `build(calls, final=...)` whose last of `n` calls is made at its end."""
+    grid = build(n - 1, final="sigma_min")
+    end = grid.lambdas[-1]
+    if math.isinf(end):  # this spacing makes its last call there by itself
+        grid = build(n, final="zero")
+        return TimeGrid((*grid.lambdas[:-1], grid.lambdas[-2]), grid.timesteps)
+    return TimeGrid((*grid.lambdas, end), np.append(grid.timesteps, _told(schedule, np.array([end]), clock)))
 
-    The density is singular at both ends. In w = x^a (and (1 - x)^b from the right) it is smooth, so that a
-    trapezoidal table of 2^13 points per half suffices.
-    """
 
-    def half(a: float, b: float) -> tuple[FloatArray, FloatArray]:  # x from 0 to 1/2, and its unnormalised mass
-        w = np.linspace(0, 0.5**a, 2**13)
-        density = (1 - w ** (1 / a)) ** (b - 1) / a
-        mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(w))])
-        return w ** (1 / a), mass
-
-    (x, left), (y, right) = half(a, b), half(b, a)
-    total = left[-1] + right[-1]
-    mass = np.concatenate([left, (total - right)[-2::-1]]) / total
-    return np.interp(q, mass, np.concatenate([x, (1 - y)[-2::-1]]))
+def _told(schedule: NoiseSchedule, lam: FloatArray, clock: Clock) -> FloatArray:
+    times = schedule.time_at(lam)
+    return times.round() if clock == "integer" and schedule.path != "flow" else times
 
 
 def _nodes(
@@ -240,12 +201,12 @@ def _nodes(
     shift: float,
     sigma_range: tuple[float | None, float | None],
 ) -> FloatArray:
-    """Half log-SNR of the calls; sigma spacings with `nodes` = n + 1 also give the end of the run."""
+    """Half log-SNR of the calls; sigma and run spacings with `nodes` = n + 1 also give the end of the run."""
     if spacing in INDEX_SPACINGS:
         last = len(schedule.lambdas) - 1
         index = INDEX_SPACINGS[spacing](last, n, offset)
         if clock == "integer":
-            index = _integer_index(spacing, index, last, n, offset)
+            index = integer_index(spacing, index, last, n, offset)
         times = np.interp(index, np.arange(last + 1), schedule.times)
         return schedule.lambda_at(times) - _shift_of(schedule, shift)
     if spacing == "flow":
@@ -254,32 +215,24 @@ def _nodes(
     if schedule.path == "flow":  # the table's own first sigma is 0: end where the flow spacing ends
         ends = float(_flow_nodes(schedule, 2, shift)[0]), float(_flow_nodes(schedule, 2, shift)[1])
     if spacing == "logsnr":
-        # Pure noise on a flow path has no log-SNR: start one training timestep below it.
-        start = float(schedule.lambda_at(schedule.times[-2])) - _shift_of(schedule, shift)
-        return np.linspace(start if schedule.path == "flow" else ends[0], ends[1], nodes)
+        if schedule.path == "flow":  # pure noise has no log-SNR: start one training timestep below it
+            top = min(float(schedule.times[-1]), schedule.flow_end - 1)
+            ends = float(schedule.lambda_at(top)) - math.log(shift), ends[1]
+        return np.linspace(*ends, nodes)
     high, low = (float(s) for s in schedule.sigma_at(ends))
     low, high = sigma_range[0] or low, sigma_range[1] or high
-    return schedule.lambda_of_sigma(SIGMA_SPACINGS[spacing](high, low, nodes))
+    if spacing in SIGMA_SPACINGS:
+        return schedule.lambda_of_sigma(SIGMA_SPACINGS[spacing](high, low, nodes))
+    if schedule.path == "flow" and nodes == n:
+        low = 0.0  # a flow network is trained down to no noise at all
+    return schedule.lambda_of_sigma(RUN_SPACINGS[spacing](schedule, high, low, n)[:nodes])
 
 
 def _flow_nodes(schedule: NoiseSchedule, nodes: int, shift: float) -> FloatArray:
     """Uniform sigma from 1 to the end of the shifted table, then shifted (again), as FlowMatchEulerDiscrete does."""
-    steps = schedule.times[-1]
-    sigmas = np.linspace(1.0, shift / (steps + shift - 1), nodes)
+    steps = schedule.flow_end
+    sigmas = np.linspace(schedule.times[-1] / steps, shift / (steps + shift - 1), nodes)
     return schedule.lambda_of_sigma(sigmas) - math.log(shift)
-
-
-def _integer_index(spacing: str, index: FloatArray, last: int, n: int, offset: int) -> FloatArray:
-    """Diffusers' integer positions: `leading` floors its step, the others round."""
-    if spacing == "leading":
-        return (np.arange(n, 0, -1) * ((last + 1) // (n + 1)) + offset).astype(np.float64)
-    if spacing == "ddim_uniform":
-        return (np.arange(n - 1, -1, -1) * ((last + 1) // n) + offset).astype(np.float64)
-    return (index + 1).round() - 1 if spacing == "trailing" else index.round()
-
-
-def _inside(index: FloatArray, last: int) -> FloatArray:
-    return index - max(0.0, float(index[0]) - last)
 
 
 def _shift_of(schedule: NoiseSchedule, shift: float) -> float:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from diffaccel.samplers.config import is_flow
+from diffaccel.samplers.exponential import ExponentialAdams, SecondOrder
 from diffaccel.samplers.grid import Final
+from diffaccel.samplers.runge_kutta import ExponentialRungeKutta
 from diffaccel.samplers.scheduler import SolverScheduler
-from diffaccel.samplers.solver import ALWAYS, SOLVERS, ExponentialAdams, SecondOrder
+from diffaccel.samplers.solver import ALWAYS, Multistep, Singlestep
+from diffaccel.samplers.solvers import SOLVERS
 
 
 def _second_order(solver_type: str, own: str) -> SecondOrder:
@@ -22,26 +25,48 @@ def _second_order(solver_type: str, own: str) -> SecondOrder:
     return rules[solver_type] if solver_type == own else "midpoint"
 
 
-class DPMSolverScheduler(SolverScheduler):
-    """DPM-Solver++ multistep of order 1 to 3, ODE and SDE (arXiv:2211.01095); for `DPMSolverMultistepScheduler`.
+def _algorithm(algorithm_type: str) -> tuple[float, Literal["x0", "epsilon"]]:
+    """(eta, prediction) of Diffusers' `algorithm_type`."""
+    known = ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver")
+    if algorithm_type not in known:
+        raise ValueError(f"unknown algorithm_type {algorithm_type!r}; use {', '.join(known)}")
+    return float(algorithm_type.startswith("sde")), "x0" if algorithm_type.endswith("++") else "epsilon"
 
-    `solver_order=3` is the printed and shipped form, which halves one weight and is of second order: at up to 20 calls
-    it was the better one wherever we measured (benchmarks/results). The third-order one is the factory's `dpmpp_3m`, or
-    `solver_options={"halve_curvature": False}`. Noise-prediction forms (`dpmsolver`, `sde-dpmsolver`) are refused.
+
+class DPMSolverScheduler(SolverScheduler):
+    """DPM-Solver and DPM-Solver++ multistep of order 1 to 3, ODE and SDE; for `DPMSolverMultistepScheduler`.
+
+    (arXiv:2206.00927, arXiv:2211.01095.) `solver_order=3` is the printed and shipped form, which halves one weight and
+    is of second order: at up to 20 calls it was the better one wherever we measured (benchmarks/results). The
+    third-order one is the factory's `dpmpp_3m`, or `solver_options={"halve_curvature": False}`.
     """
 
     def make_solver(self) -> ExponentialAdams:
-        """DPM-Solver++ of `solver_order`, with the noise of `algorithm_type` and the rule of `solver_type`."""
-        algorithm = self.config["algorithm_type"]
-        if algorithm not in ("dpmsolver++", "sde-dpmsolver++"):
-            raise ValueError(f"algorithm_type {algorithm!r} is not supported; use dpmsolver++ or sde-dpmsolver++")
+        """Order, noise and prediction, and rule by `solver_order`, `algorithm_type` and `solver_type`."""
+        eta, prediction = _algorithm(self.config["algorithm_type"])
         return ExponentialAdams(
             order=self.config["solver_order"],
             second=_second_order(self.config["solver_type"], own="heun"),
-            eta=1.0 if algorithm.startswith("sde") else 0.0,
+            eta=eta,
+            prediction=prediction,
             halve_curvature=self.config["solver_order"] == 3,
             lower_final=15 if self.config["lower_order_final"] else 0,
         )
+
+
+class DPMSinglestepScheduler(SolverScheduler):
+    """DPM-Solver-2S and -3S (arXiv:2206.00927, algorithms 4, 5), and ++; for `DPMSolverSinglestepScheduler`.
+
+    Stages lie at halves and thirds of a step in log-SNR, as in the papers; Diffusers puts them on nodes of its grid.
+    """
+
+    def make_solver(self) -> ExponentialAdams | ExponentialRungeKutta:
+        """Two or three stages by `solver_order`, with the noise and prediction of `algorithm_type`."""
+        eta, prediction = _algorithm(self.config["algorithm_type"])
+        if self.config["solver_order"] == 1:
+            return ExponentialAdams(order=1, eta=eta, prediction=prediction)
+        second = "exact" if self.config["solver_type"] == "heun" else "midpoint"
+        return ExponentialRungeKutta(self.config["solver_order"], prediction, second, eta)
 
 
 class UniPCScheduler(SolverScheduler):
@@ -51,7 +76,9 @@ class UniPCScheduler(SolverScheduler):
     def _adopt(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         if config.get("disable_corrector"):
             raise ValueError("UniPCScheduler corrects every step; leave disable_corrector out of the config")
-        return {}
+        if config.get("predict_x0", True):
+            return {}
+        return {"solver_options": dict(config.get("solver_options") or {}) | {"prediction": "epsilon"}}
 
     def make_solver(self) -> ExponentialAdams:
         """UniPC of `solver_order`; `solver_type` bh1 or bh2, other families' values mean bh2 as in Diffusers."""
@@ -78,12 +105,15 @@ class DDIMSolverScheduler(SolverScheduler):
         # from_config drops what the source left at its default, but these defaults of DDIMScheduler are not ours.
         return {k: config[k] for k in ("timestep_spacing", "clip_sample") if k in config}
 
-    def make_solver(self) -> ExponentialAdams:
+    def make_solver(self) -> Multistep | Singlestep:
         """First order."""
         return SOLVERS["ddim"]
 
     def _final(self) -> Final:
         return super()._final() if self.config["set_alpha_to_one"] else "sigma_min"
+
+    def _filters(self) -> bool:
+        return bool(self.config["clip_sample"]) or super()._filters()
 
     def _filter(self, x0: Tensor) -> Tensor:
         if self.config["clip_sample"] and not self.config["thresholding"]:
@@ -105,6 +135,116 @@ class FlowEulerScheduler(SolverScheduler):
             )
         return {}
 
-    def make_solver(self) -> ExponentialAdams:
+    def make_solver(self) -> Multistep | Singlestep:
         """First order."""
         return SOLVERS["euler"]
+
+
+class DEISScheduler(SolverScheduler):
+    """DEIS of order 1 to 3 in log rho (arXiv:2204.13902), to sigma = 0; for `DEISMultistepScheduler`.
+
+    The paper's own forms are the factory's `deis_tab3`, `deis_rhoab3`, `deis_rho2heun` and their kin.
+    """
+
+    def make_solver(self) -> ExponentialAdams:
+        """Exact weights of `solver_order` predictions of eps."""
+        low = 15 if self.config["lower_order_final"] else 0
+        return ExponentialAdams(order=self.config["solver_order"], prediction="epsilon", lower_final=low)
+
+
+class HeunScheduler(SolverScheduler):
+    """Heun in sigma (arXiv:2206.00364, algorithm 1); for `HeunDiscreteScheduler`, whose N steps are 2N - 1 calls."""
+
+    _solver: ClassVar[str | None] = "heun"
+
+
+class EDMStochasticScheduler(SolverScheduler):
+    """EDM's stochastic sampler (arXiv:2206.00364, algorithm 2); its constants are `solver_options`."""
+
+    _solver: ClassVar[str | None] = "edm_stochastic"
+
+
+class EulerAncestralScheduler(SolverScheduler):
+    """Euler ancestral of k-diffusion; for `EulerAncestralDiscreteScheduler`."""
+
+    _solver: ClassVar[str | None] = "euler_ancestral"
+
+
+class LMSScheduler(SolverScheduler):
+    """Linear multistep of order 4 with exact weights, rho-AB3 of DEIS; for `LMSDiscreteScheduler`."""
+
+    _solver: ClassVar[str | None] = "deis_rhoab3"
+
+
+class PseudoNDMScheduler(SolverScheduler):
+    """iPNDM of order 4 (arXiv:2204.13902, section H): Adams-Bashforth with the weights of even steps."""
+
+    _solver: ClassVar[str | None] = "ipndm"
+
+
+class RESScheduler(SolverScheduler):
+    """RES multistep (arXiv:2308.02157): exponential Adams of order 2 with exact weights."""
+
+    _solver: ClassVar[str | None] = "res_2m"
+
+
+class SEEDSScheduler(SolverScheduler):
+    """SEEDS-3 (arXiv:2305.14267): three stages that share the noise of one Brownian path."""
+
+    _solver: ClassVar[str | None] = "seeds_3"
+
+
+class SAScheduler(SolverScheduler):
+    """SA-Solver (arXiv:2309.05019), P3C4 with noise in the middle of the run; for `SASolverScheduler`."""
+
+    _solver: ClassVar[str | None] = "sa_solver"
+
+
+class ERSDEScheduler(SolverScheduler):
+    """ER-SDE-Solver-3 (arXiv:2309.06169); the noise scale is a solver option."""
+
+    _solver: ClassVar[str | None] = "er_sde_3"
+
+
+class GradientEstimationScheduler(SolverScheduler):
+    """Gradient-estimation sampler (arXiv:2306.04848) with gamma = 2."""
+
+    _solver: ClassVar[str | None] = "gradient_estimation"
+
+
+class AcceleratedDDIMScheduler(SolverScheduler):
+    """Accelerated DDIM of Li et al. (arXiv:2403.03852)."""
+
+    _solver: ClassVar[str | None] = "accelerated_ddim"
+
+
+class AcceleratedDDPMScheduler(SolverScheduler):
+    """Accelerated DDPM of Li et al. (arXiv:2403.03852)."""
+
+    _solver: ClassVar[str | None] = "accelerated_ddpm"
+
+
+ONE_SOLVER = (
+    HeunScheduler,
+    EDMStochasticScheduler,
+    EulerAncestralScheduler,
+    LMSScheduler,
+    PseudoNDMScheduler,
+    RESScheduler,
+    SEEDSScheduler,
+    SAScheduler,
+    ERSDEScheduler,
+    GradientEstimationScheduler,
+    AcceleratedDDIMScheduler,
+    AcceleratedDDPMScheduler,
+)
+NAMED = (
+    SolverScheduler,
+    DDIMSolverScheduler,
+    DPMSolverScheduler,
+    DPMSinglestepScheduler,
+    UniPCScheduler,
+    DEISScheduler,
+    FlowEulerScheduler,
+    *ONE_SOLVER,
+)

@@ -13,16 +13,28 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
 @dataclass(frozen=True)
 class Row:
-    """x_next = x * sample + sum_j m[j] * x0_prediction[j] + noise * z, newest prediction first. Plain floats."""
+    """x_next = x * sample + anchor * held sample + x0 * x0_prediction + sum_j m[j] * memory[j] + noise * z.
+
+    Plain floats; the memory's newest entry comes first. `anchor` weighs the sample at the start of a step that is
+    redone or has several stages, and `x0` the newest x0 prediction where the memory holds something else.
+    """
 
     x: float
     m: tuple[float, ...]
     noise: float = 0.0
+    x0: float = 0.0
+    anchor: float = 0.0
 
 
-def rescale(row: Row, alpha_from: float, alpha_to: float) -> Row:
-    """Take a row from y = x / alpha, where solvers are written, to the network's own x."""
-    return Row(row.x * alpha_to / alpha_from, tuple(alpha_to * c for c in row.m), alpha_to * row.noise)
+def rescale(row: Row, frame_from: float, frame_to: float, frame_anchor: float = 1.0) -> Row:
+    """Take a row from x / frame, where solvers are written, to the network's own x."""
+    return Row(
+        row.x * frame_to / frame_from,
+        tuple(frame_to * c for c in row.m),
+        frame_to * row.noise,
+        frame_to * row.x0,
+        row.anchor * frame_to / frame_anchor,
+    )
 
 
 def x0_coefficients(prediction_type: str, alpha: float, sigma: float) -> tuple[float, float]:
@@ -36,6 +48,15 @@ def x0_coefficients(prediction_type: str, alpha: float, sigma: float) -> tuple[f
     if prediction_type == "flow_prediction":  # eps - x0
         return 1 / (alpha + sigma), -sigma / (alpha + sigma)
     raise ValueError(f"unknown prediction_type {prediction_type!r}; use {', '.join(PREDICTION_TYPES)}")
+
+
+def memory_coefficients(memory: str, alpha: float, sigma: float, path: str) -> tuple[float, float]:
+    """(p, q) with memory = p * sample + q * x0: x0 itself, eps, or the slope (eps, on flow paths eps - x0)."""
+    if memory == "x0":
+        return 0.0, 1.0
+    if memory == "slope" and path == "flow":
+        return 1 / sigma, -(alpha + sigma) / sigma
+    return 1 / sigma, -alpha / sigma
 
 
 def edm_coefficients(prediction_type: str, sigma: float, sigma_data: float) -> tuple[float, float]:

@@ -27,11 +27,13 @@ class NoiseSchedule:
         path: one of `vp`, `ve`, `flow`.
         lambdas: (T,) float64, strictly decreasing: the half log-SNR at each training timestep.
         times: (T,) float64, strictly increasing: what the network is told there (0..T-1, or 0.25 log sigma for EDM).
+        whole: the schedule that this one is the clean part of, see `truncated`; None for a network's own.
     """
 
     path: Path
     lambdas: FloatArray
     times: FloatArray
+    whole: NoiseSchedule | None = None
 
     def __post_init__(self) -> None:
         if not np.all(np.diff(self.lambdas) < 0):
@@ -56,6 +58,27 @@ class NoiseSchedule:
         times = np.arange(steps + 1, dtype=np.float64)
         return cls("flow", _flow_lambda(times / steps), times)
 
+    def truncated(self, strength: float) -> NoiseSchedule:
+        """Clean part of the schedule: as if the network had been trained on its first strength * T timesteps only.
+
+        The last of them is where Diffusers' `trailing` grid stands after a share 1 - strength of its steps. On flow
+        paths it is sigma = strength, before any shift. A strength of 1 is the whole schedule.
+        """
+        if strength == 1:
+            return self
+        last = round(strength * self.count, 9) - (self.path != "flow")
+        if last < 1:
+            raise ValueError(f"strength {strength:g} leaves less than two training timesteps; use a larger one")
+        table = np.arange(len(self.times))
+        index = np.append(table[table < last], last)
+        times = np.interp(index, table, self.times)
+        return NoiseSchedule(self.path, self.lambda_at(times), times, self.whole or self)
+
+    @property
+    def flow_end(self) -> float:
+        """What a flow network is told at sigma = 1."""
+        return float((self.whole or self).times[-1])
+
     @property
     def count(self) -> int:
         """Number of training timesteps; the table of a flow path also holds sigma = 0."""
@@ -77,14 +100,14 @@ class NoiseSchedule:
         """Half log-SNR where the network is told `times`; piecewise linear between training timesteps."""
         times = np.asarray(times, dtype=np.float64)
         if self.path == "flow":  # the clock is sigma itself: no table needed
-            return _flow_lambda(times / self.times[-1])
+            return _flow_lambda(times / self.flow_end)
         return np.interp(times, self.times, self.lambdas)
 
     def time_at(self, lam: ArrayLike) -> FloatArray:
         """What the network is told at half log-SNR `lam`; the inverse of `lambda_at`."""
         lam = np.asarray(lam, dtype=np.float64)
         if self.path == "flow":
-            return self.times[-1] * self.sigma_at(lam)
+            return self.flow_end * self.sigma_at(lam)
         return np.interp(-lam, -self.lambdas, self.times)
 
     def sigma_at(self, lam: ArrayLike) -> FloatArray:

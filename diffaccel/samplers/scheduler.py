@@ -15,12 +15,15 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from diffaccel.samplers import config as boundary
-from diffaccel.samplers.grid import Final
-from diffaccel.samplers.plan import make_plan, table
-from diffaccel.samplers.request import requested_grid
+from diffaccel.samplers.dual_fast import DualFast
+from diffaccel.samplers.grid import Final, TimeGrid
+from diffaccel.samplers.plan import Layout, Step, is_singlestep, make_plan, table
+from diffaccel.samplers.request import requested_grid, strength_calls
 from diffaccel.samplers.row import PREDICTION_TYPES, combine, dynamic_threshold, edm_coefficients, x0_coefficients
-from diffaccel.samplers.solver import SOLVERS, ExponentialAdams
+from diffaccel.samplers.solver import Multistep, Singlestep
+from diffaccel.samplers.solvers import SOLVERS
 
+OPTIONS = ("solver", "schedule", "timesteps", "start", "strength", "dual_fast")
 CURSOR_START = 2  # torch.compile keeps an integer of 0 or 1 as a constant, so a step counter must not pass them
 
 
@@ -49,7 +52,11 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
     - `schedule`: a spacing that Diffusers has no key for,
     - `timesteps`: `float` (default) tells the network exact times, `integer` rounds them as Diffusers does,
     - `start`: `euler` (default) or `singlestep`, see `make_plan`,
-    - any field of `ExponentialAdams`, such as `eta`.
+    - `strength`: that of an image-to-image pipeline, to spread the schedule over the noise that is left,
+    - `dual_fast`: strength of `DualFast` around a multistep solver,
+    - any field of the solver, such as `eta`.
+
+    For every solver `num_inference_steps` is the number of network calls, those inside a step included.
 
     On the CPU a model output that is not finite raises; elsewhere the check would stall the device and is left out.
     Noise for `eta` > 0 comes from the pipeline's generator, in float32.
@@ -58,6 +65,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
     _compatibles: ClassVar[list[str]] = list(boundary.OPENED)
     order = 1  # network calls per entry of `timesteps`
     _leading = "leading"  # the grid that timestep_spacing="leading" means for the Diffusers class this one replaces
+    _solver: ClassVar[str | None] = None  # name in `SOLVERS`, for classes of one solver
     _always_flow = False  # whether the class is for flow models only
 
     @register_to_config
@@ -111,6 +119,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"unknown prediction_type {prediction_type!r}; use {', '.join(PREDICTION_TYPES)}")
         self.schedule = boundary.noise_schedule(self.config)
         self.solver = self._solver_with_options()
+        self._layout = Layout(self.solver.order)
         if self.schedule.path == "vp":
             alpha = np.array([self.schedule.alpha_sigma(lam)[0] for lam in self.schedule.lambdas])
             self.alphas_cumprod = torch.from_numpy(alpha**2).float()
@@ -129,7 +138,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         """
         overrides = boundary.adopt(config, tuple(c.__name__ for c in (SolverScheduler, *_subclasses(SolverScheduler))))
         options = dict(config.get("solver_options") or {})
-        if "solver" in options and cls.make_solver is not SolverScheduler.make_solver:
+        if "solver" in options and cls._has_own_solver():
             del options["solver"]  # this class has its own
             overrides["solver_options"] = options or None
         return super().from_config(dict(config), return_unused_kwargs, **(overrides | cls._adopt(config) | kwargs))
@@ -147,27 +156,38 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
     def _options(self) -> dict[str, Any]:
         return dict(self.config["solver_options"] or {})
 
-    def make_solver(self) -> ExponentialAdams:
+    @classmethod
+    def _has_own_solver(cls) -> bool:
+        return cls._solver is not None or cls.make_solver is not SolverScheduler.make_solver
+
+    def make_solver(self) -> Multistep | Singlestep:
         """Solver that the config asks for, before `solver_options` change its fields."""
-        name = self._options().get("solver", "dpmpp_2m")
+        name = self._solver or self._options().get("solver", "dpmpp_2m")
         if name not in SOLVERS:
             raise ValueError(f"unknown solver {name!r}; use {', '.join(SOLVERS)}")
         return SOLVERS[name]
 
-    def _solver_with_options(self) -> ExponentialAdams:
+    def _solver_with_options(self) -> Multistep | Singlestep:
         options = self._options()
         for key, allowed in (("timesteps", ("float", "integer")), ("start", ("euler", "singlestep"))):
             if options.pop(key, allowed[0]) not in allowed:
                 raise ValueError(f"solver_options[{key!r}] is {self._options()[key]!r}; use {' or '.join(allowed)}")
-        if options.pop("solver", None) and type(self).make_solver is not SolverScheduler.make_solver:
+        if options.pop("solver", None) and self._has_own_solver():
             raise ValueError(f"{type(self).__name__} has its own solver; name another one in SolverScheduler's options")
+        strength_calls(self.schedule.path, 1000, options.pop("strength", 1.0))
         options.pop("schedule", None)
-        solver = self.make_solver()
+        dual_fast = options.pop("dual_fast", 0.0)
+        solver: Any = self.make_solver()
         known = [f.name for f in fields(solver)]
         if unknown := sorted(set(options) - set(known)):
-            accepted = ", ".join(("solver", "schedule", "timesteps", "start", *known))
+            accepted = ", ".join((*OPTIONS, *known))
             raise ValueError(f"unknown solver option {unknown[0]!r}; use {accepted}")
-        return replace(solver, **options)
+        solver = replace(solver, **options)
+        if not dual_fast:
+            return solver
+        if is_singlestep(solver):
+            raise ValueError("dual_fast mixes in an earlier prediction; use a multistep solver, which keeps them")
+        return DualFast(solver, dual_fast)
 
     def _x0_of(self, lam: float) -> tuple[float, float]:
         alpha, sigma = self.schedule.alpha_sigma(lam)
@@ -194,7 +214,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
                 last 0 may be left out. Such runs end at 0 and tell exact times.
             mu: shift of flow models with dynamic shifting; ignored by those with a static shift.
         """
-        self.grid = grid = requested_grid(
+        grid = requested_grid(
             self.config,
             self.schedule,
             self.solver,
@@ -205,6 +225,11 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             leading=self._leading,
             final=self._final(),
         )
+        self._use(grid, device)
+
+    def _use(self, grid: TimeGrid, device: str | torch.device | None = None) -> None:
+        """Run on `grid` from here on."""
+        self.grid = grid
         self.num_inference_steps = len(grid.timesteps)
         whole = self._options().get("timesteps") == "integer" and np.array_equal(grid.timesteps, grid.timesteps.round())
         told = torch.from_numpy(grid.timesteps.astype(np.int64 if whole and self.schedule.path == "vp" else np.float32))
@@ -217,8 +242,8 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
 
     def _final(self) -> Final:
         final = self.config["final_sigmas_type"]
-        if final not in ("zero", "sigma_min"):
-            raise ValueError(f"unknown final_sigmas_type {final!r}; use zero or sigma_min")
+        if final not in ("zero", "sigma_min", "corrector"):
+            raise ValueError(f"unknown final_sigmas_type {final!r}; use zero, sigma_min or corrector")
         return final
 
     def _prepare(self, begin: int) -> None:
@@ -227,18 +252,33 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         self._first = begin
         self._cursor = begin + CURSOR_START
         self._plan = make_plan(self.schedule, self.grid, self.solver, self._x0_of, begin=begin, start=start)
-        self._rows = table(self._plan, self.solver)
+        self._rows = self._tabulated()
+        self._used = (self._rows != 0).any(0).tolist()  # a column that is zero throughout costs nothing
         self._table = torch.from_numpy(self._rows.astype(np.float32)).to(self.timesteps.device)
-        special = [
-            i for i, s in enumerate(self._plan) if s.again or s.hold or (s.correct and not self.solver.corrector)
-        ]
-        self._start_steps = max(special) + 1 if special else 0
+        self._staged = is_singlestep(self.solver)
+        self._corrects = is_singlestep(self.solver) or self.solver.corrector
+        odd = [i for i, s in enumerate(self._plan) if s.again or s.hold or (s.correct and not self._corrects)]
+        # Steps that are not like the others: the first ones of a singlestep start, and the last of final="corrector".
+        self._odd_start, self._odd_end = 0, len(self._plan)
+        if not self._staged and odd:
+            if odd[-1] == len(self._plan) - 1 and not self._plan[-1].hold:
+                self._odd_end = odd.pop()
+            self._odd_start = max(odd, default=-1) + 1
         if self.schedule.path == "ve":
             c_in = [
                 (self.schedule.alpha_sigma(v)[1] ** 2 + self.config["sigma_data"] ** 2) ** -0.5
                 for v in self.grid.lambdas
             ]
             self._input_scale = torch.tensor(c_in, dtype=torch.float32).to(self.timesteps.device)
+
+    def _tabulated(self) -> np.ndarray:
+        """Coefficients of the plan; where x0 is not filtered, what is kept is a combination of sample and output."""
+        rows = table(self._plan, self.solver)
+        if not self._filters():
+            for line in rows:
+                (p, q), (a, b) = line[self._layout.x0], line[self._layout.keep]
+                line[self._layout.keep] = a + b * p, b * q
+        return rows
 
     def _reset(self) -> None:
         self._started = False
@@ -263,6 +303,13 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             if not 0 <= begin_index < self.num_inference_steps:
                 raise ValueError(
                     f"begin_index must lie between 0 and {self.num_inference_steps - 1}, not {begin_index}"
+                )
+            strength = self._options().get("strength", 1.0)
+            n = self.num_inference_steps
+            if strength != 1 and begin_index != n - strength_calls(self.schedule.path, n, strength):
+                raise ValueError(
+                    f"the scheduler was made for strength={strength:g}, and the pipeline skips {begin_index} of {n} "
+                    "steps; give both the same strength"
                 )
             self._reset()
             self._prepare(begin_index)
@@ -337,29 +384,46 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         if not torch.compiler.is_compiling():
             self._check_step(model_output, timestep, sample)
         index = self._cursor - CURSOR_START
-        k = self.solver.order
         dtype = sample.dtype if sample.dtype == torch.float64 else torch.float32
-        row = self._table[index - self._first].unbind()
+        row, layout, i = self._table[index - self._first].unbind(), self._layout, index - self._first
         x = sample.to(dtype)
         if self._has_learned_variance() and model_output.shape[1] == 2 * sample.shape[1]:
             model_output = model_output[:, : sample.shape[1]]
-        x0 = self._filter(combine(row[:2], (x, model_output.to(dtype))))
-        # The first steps of a singlestep start may redo a step, or evaluate a node again; see `Step`.
-        special = self._plan[index - self._first] if index - self._first < self._start_steps else None
-        older = self._history or [torch.zeros_like(x0) for _ in range(k + 1)]
-        history = [x0, *(older[1:] if special and special.again else older[:-1])]
-        redo = self.solver.corrector if special is None else special.correct is not None
-        if redo and self._anchor is not None:  # the step that led here, now that the prediction at its end is known
-            x = combine(row[2 : k + 4], (self._anchor, *history))
-        out = combine(row[k + 4 : 2 * k + 5], (x, *history[:k]))
-        if self.solver.eta:
+        seen = model_output.to(dtype)
+        x0 = self._filter(combine(row[layout.x0], (x, seen)))
+        kept = x0
+        if self.solver.memory != "x0":
+            kept = combine(row[layout.keep], (x, x0 if self._filters() else seen))
+        odd = self._plan[i] if i < self._odd_start or i >= self._odd_end else None
+        older = self._history or [torch.zeros_like(x0) for _ in range(self.solver.order + 1)]
+        history = [kept, *(older[1:] if odd and odd.again else older[:-1])]
+        redo = self._corrects if odd is None else odd.correct is not None
+        if redo and (self._staged or self._anchor is not None):
+            # Redo the step that led here, now that the prediction at its end is known, or start over from its start.
+            anchor = x if self._anchor is None else self._anchor
+            x = self._mix(row, layout.correct, (x, anchor, *history))
+        out = self._mix(row, layout.predict, (x, x0, *history[:-1]))
+        if self._used[layout.noise]:
             noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=torch.float32)
-            out = torch.addcmul(out, noise.to(dtype), row[-1])
-        if (self.solver.corrector or self._start_steps) and not (special and special.hold):
-            self._anchor = x
+            out = torch.addcmul(out, noise.to(dtype), row[layout.noise])
+        self._anchor = self._next_anchor(x, row[layout.hold], odd)
         self._history, self._cursor, self._started = history, self._cursor + 1, True
         prev_sample = out.to(model_output.dtype)
         return SolverSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample,)
+
+    def _mix(self, row: Sequence[Tensor], columns: slice, tensors: Sequence[Tensor]) -> Tensor:
+        """Sum of the tensors by their columns, without those that no row of the run uses."""
+        pairs = [(w, t) for w, t, used in zip(row[columns], tensors, self._used[columns], strict=True) if used]
+        return combine(*zip(*pairs, strict=True)) if pairs else torch.zeros_like(tensors[0])
+
+    def _next_anchor(self, x: Tensor, hold: Tensor, odd: Step | None) -> Tensor | None:
+        """Sample that a later row of this step, or the correction of it, starts from."""
+        if self._staged:
+            needed = self._used[self._layout.correct][1]
+            return None if not needed else x if self._anchor is None else torch.lerp(x, self._anchor, hold)
+        if not self._corrects and not self._odd_start and self._odd_end == len(self._plan):
+            return None
+        return self._anchor if odd and odd.hold else x
 
     def _start(self, timestep: float | Tensor) -> None:
         """Before the first step of a run whose begin index was not set: find out which step it is."""
@@ -401,6 +465,10 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
 
     def _has_learned_variance(self) -> bool:
         return self.config["variance_type"] in ("learned", "learned_range")
+
+    def _filters(self) -> bool:
+        """Whether x0 is changed before it counts."""
+        return bool(self.config["thresholding"])
 
     def _filter(self, x0: Tensor) -> Tensor:
         """What becomes of x0 before it enters the history."""

@@ -1,7 +1,15 @@
-"""Solvers: pure functions from log-SNR nodes to a Row of scalars. No tensors, pipelines, devices or configs.
+"""What the plan of a run asks of a solver, and the noise levels it is told. No tensors, pipelines, devices or configs.
 
-Solvers work on y = x / alpha = x0 + exp(-lambda) * eps. In y the VP, VE and rectified-flow paths are one and the same
-curve, so that a solver sees half log-SNR only; the path enters once, when a row is rescaled from y to x.
+A solver keeps one quantity a network call in its history, its `memory`, and returns rows (see `row.py`) in a frame in
+which its rule needs no path:
+
+- `x0`: predictions of x0, in y = x / alpha = x0 + exp(-lambda) * eps. There the VP, VE and rectified-flow paths are
+  one and the same curve, and half log-SNR is the only clock.
+- `epsilon`: predictions of eps, in the same y.
+- `slope`: dx/dsigma of k-diffusion and of flow models, in Diffusers' `sigmas`: eps against sigma / alpha in y on VP and
+  VE paths, the velocity eps - x0 against sigma in x itself on flow paths.
+
+The path enters once, when a row is rescaled from the frame to x.
 """
 
 from __future__ import annotations
@@ -14,17 +22,54 @@ from typing import Literal, Protocol
 import numpy as np
 
 from diffaccel.samplers.row import Row
-from diffaccel.samplers.schedule import FloatArray
+from diffaccel.samplers.schedule import FloatArray, NoiseSchedule
 
-SecondOrder = Literal["exact", "midpoint", "bh1"]
+Memory = Literal["x0", "epsilon", "slope"]
+ALWAYS = 10**9  # a `lower_final` that every run is shorter than
+
+
+@dataclass(frozen=True)
+class Node:
+    """A noise level on a path, by its half log-SNR `lam`; inf is sigma = 0."""
+
+    lam: float
+    schedule: NoiseSchedule
+
+    @property
+    def ve_sigma(self) -> float:
+        """Return sigma / alpha on every path."""
+        return math.exp(-self.lam)
+
+    @property
+    def sigma(self) -> float:
+        """What Diffusers calls sigma: sigma / alpha on VP and VE paths, sigma on flow paths."""
+        return float(self.schedule.sigma_at(self.lam))
+
+    @property
+    def time(self) -> float:
+        """What the network is told; at sigma = 0 the time of the least trained noise."""
+        return float(self.schedule.time_at(self.lam))
+
+    @property
+    def alpha(self) -> float:
+        """Share of x0 in x."""
+        return self.schedule.alpha_sigma(self.lam)[0]
+
+    def frame(self, memory: Memory) -> float:
+        """Number that x is divided by in the frame of `memory`."""
+        return 1.0 if memory == "slope" and self.schedule.path == "flow" else self.alpha
+
+    def frame_sigma(self, memory: Memory) -> float:
+        """Amount of noise in the frame of `memory`: x / frame = x0 + frame_sigma * (eps, or eps - x0 for velocity)."""
+        return self.sigma if memory == "slope" else self.ve_sigma
 
 
 class Solver(Protocol):
-    """What the plan of a trajectory asks of a solver. Implementations are frozen, hashable values."""
+    """What both kinds of solver have in common. Implementations are frozen dataclasses."""
 
     @property
     def order(self) -> int:
-        """Predictions a predictor row uses once the history is full."""
+        """Most predictions that a row uses."""
         ...
 
     @property
@@ -33,13 +78,27 @@ class Solver(Protocol):
         ...
 
     @property
+    def stochastic(self) -> bool:
+        """Whether steps add noise."""
+        ...
+
+    @property
+    def memory(self) -> Memory:
+        """What is kept of each network call."""
+        ...
+
+
+class Multistep(Solver, Protocol):
+    """Solver of one network call a step, which looks back at earlier ones."""
+
+    @property
     def corrector(self) -> bool:
         """Whether every step is redone once the prediction at its end is known."""
         ...
 
     @property
-    def eta(self) -> float:
-        """0 for the probability-flow ODE; above 0, the share of the reverse SDE's noise."""
+    def can_correct(self) -> bool:
+        """Whether `correct` has a rule; starts and ends that redo one step need it."""
         ...
 
     @property
@@ -47,129 +106,65 @@ class Solver(Protocol):
         """Runs of fewer steps than this lower the order of the last steps, for stability."""
         ...
 
-    def predict(self, lam_next: float, nodes: Sequence[float]) -> Row:
-        """Row from the newest node nodes[0] to `lam_next`; every node carries an x0 prediction."""
+    def predict(self, end: Node, nodes: Sequence[Node], order: int) -> Row:
+        """Row from nodes[0], the newest, to `end`; each of the `nodes` carries a prediction, `order` <= len(nodes)."""
         ...
 
-    def correct(self, lam: float, nodes: Sequence[float], start: float) -> Row:
-        """Row that redoes the step from `start` to `lam`, with the prediction made at `lam` as first weight."""
+    def correct(self, node: Node, nodes: Sequence[Node], start: Node, order: int) -> Row:
+        """Row that redoes the step from `start` to `node`, with the prediction made at `node` as first weight.
+
+        `nodes` are those before it, newest first, of which the step used `order`. The row may use the sample as the
+        step left it (`Row.x`), which holds the noise of that step, or the one it began with (`Row.anchor`).
+        """
         ...
 
 
-def exp_moments(h: float, rate: float, n: int) -> FloatArray:
-    """M_k = rate * int_0^h exp(-rate * (h - u)) u^k du for k < n.
-
-    By parts, M_k = h^k - (k / rate) * M_{k-1}; for small rate * h that cancels, and the series
-    M_k = rate * h^(k+1) k! * sum_j (-rate * h)^j / (k + 1 + j)! is used instead.
-    """
-    z = rate * h
-    if z < 1:
-        return np.array([h**k * _small_moment(z, k) for k in range(n)])
-    moments = [-math.expm1(-z)]
-    for k in range(1, n):
-        moments.append(h**k - k / rate * moments[-1])
-    return np.array(moments)
-
-
-def _small_moment(z: float, k: int) -> float:
-    term = z / (k + 1)
-    total = term
-    for j in range(1, 20):
-        term *= -z / (k + 1 + j)
-        total += term
-    return total
-
-
-@dataclass(frozen=True)
-class ExponentialAdams:
-    """Exponential Adams method in half log-SNR with data prediction; exact for x0(lambda) of degree < order.
-
-    One rule, many names: order 1 is DDIM (and Euler on VE and flow paths); order 2 with `second="midpoint"` is
-    DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2); `corrector` adds UniC, which makes it UniPC (arXiv:2302.04867);
-    `eta` = 1 is SDE-DPM-Solver++. The predictor has order `order`, predictor and corrector together order + 1.
-
-    Attributes:
-        order: predictions used by a predictor row, 1 to 4.
-        corrector: redo each step with the prediction at its end.
-        eta: noise of the reverse SDE, >= 0; 0 is the deterministic ODE.
-        second: weight of the first difference in two-point rows. `exact` integrates it; `midpoint` is DPM-Solver++'s
-            "midpoint" and UniPC's B2(h) = e^h - 1, `bh1` UniPC's B1(h) = h. All three are second order.
-        halve_curvature: weight the second difference by half of what third order asks for, as DPM-Solver++(3M) is
-            printed and shipped (Diffusers, k-diffusion, the authors' code). That method is of second order.
-        lower_final: see `Solver`.
-    """
-
-    order: int = 2
-    corrector: bool = False
-    eta: float = 0.0
-    second: SecondOrder = "exact"
-    halve_curvature: bool = False
-    lower_final: int = 15
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.order <= 4:
-            raise ValueError(f"order must be 1, 2, 3 or 4, not {self.order!r}")
-        if not self.eta >= 0:
-            raise ValueError(f"eta must be 0 (the ODE) or more, not {self.eta!r}")
-        if self.second not in ("exact", "midpoint", "bh1"):
-            raise ValueError(f"unknown second-order rule {self.second!r}; use exact, midpoint or bh1")
-        if self.corrector and self.eta:
-            raise ValueError("the corrector is for deterministic solvers; use eta=0 or corrector=False")
+class Singlestep(Solver, Protocol):
+    """Solver whose step has several network calls (stages) and no memory of earlier steps."""
 
     @property
-    def convergence_order(self) -> int:
-        """Declared order of the global error."""
-        if self.halve_curvature:
-            return min(self.order, 2) + self.corrector
-        return self.order + self.corrector
+    def stages(self) -> int:
+        """Network calls of a full step."""
+        ...
 
-    def predict(self, lam_next: float, nodes: Sequence[float]) -> Row:
-        """Row from nodes[0] to `lam_next`; lam_next = inf (sigma = 0) gives the newest prediction itself."""
-        if math.isinf(lam_next):
-            return Row(0.0, (1.0,))
-        h, rate = lam_next - nodes[0], 1.0 + self.eta
-        noise = math.exp(-lam_next) * math.sqrt(-math.expm1(-2 * self.eta * h))
-        if len(nodes) == 2 and self.second != "exact":
-            half = self._area(h, rate) * h / (2 * (nodes[0] - nodes[1]))
-            return Row(math.exp(-rate * h), (-math.expm1(-rate * h) + half, -half), noise)
-        return Row(math.exp(-rate * h), self._weights(h, rate, [s - nodes[0] for s in nodes]), noise)
+    def max_stages(self, start: Node, end: Node) -> int:
+        """Stages that the interval can have: 1 where the run ends at sigma = 0, or where more would be unsafe."""
+        ...
 
-    def correct(self, lam: float, nodes: Sequence[float], start: float) -> Row:
-        """Row from `start` to `lam` by the polynomial through the predictions at lam, nodes[0], nodes[1]..."""
-        h = lam - start
-        if len(nodes) == 1 and self.second != "exact":
-            half = self._area(h, 1.0) / 2
-            return Row(math.exp(-h), (half, -math.expm1(-h) - half))
-        return Row(math.exp(-h), self._weights(h, 1.0, [h, *(s - start for s in nodes)]))
+    def inner(self, nodes: Sequence[Node], i: int, stages: int) -> list[Node]:
+        """Where the calls after the first are made in the step from nodes[i]."""
+        ...
 
-    def _area(self, h: float, rate: float) -> float:
-        """UniPC's B(h): what two-point rows multiply half of a difference with."""
-        return rate * h if self.second == "bh1" else -math.expm1(-rate * h)
+    def rows(self, nodes: Sequence[Node], i: int, stages: int) -> list[Row]:
+        """Row of each stage: to the next call, and the last to nodes[i + 1].
 
-    def _weights(self, h: float, rate: float, offsets: Sequence[float]) -> tuple[float, ...]:
-        """Moment matching: sum_j m_j * (offset_j / h)^k = M_k / h^k for every k < len(offsets)."""
-        n = len(offsets)
-        moments = exp_moments(h, rate, n) / h ** np.arange(n)
-        if self.halve_curvature and n == 3:
-            moments[2] /= 2  # printed: M_0 m0 + M_1 a1 + (M_2 / 2) a2 for the parabola m0 + a1 u + a2 u^2
-        vandermonde = np.vander(np.asarray(offsets) / h, increasing=True).T
-        return tuple(np.linalg.solve(vandermonde, moments).tolist())
+        `Row.anchor` weighs the sample at the start of the step, `Row.x` the current one; the first row uses `Row.x`.
+        """
+        ...
 
 
-ALWAYS = 10**9  # a `lower_final` that every run is shorter than
+def first_order(start: float, end: float, share: float = 1.0) -> Row:
+    """DDIM from noise `start` to `end` in any frame, with `share` of its eps or slope; written with x0.
 
-SOLVERS: dict[str, ExponentialAdams] = {
-    "ddim": ExponentialAdams(order=1),
-    "euler": ExponentialAdams(order=1),
-    "dpmpp_2m": ExponentialAdams(order=2, second="midpoint"),
-    "dpmpp_3m": ExponentialAdams(order=3, second="midpoint"),
-    "dpmpp_3m_shipped": ExponentialAdams(order=3, second="midpoint", halve_curvature=True),
-    "dpmpp_2m_sde": ExponentialAdams(order=2, second="midpoint", eta=1.0),
-    "dpmpp_3m_sde": ExponentialAdams(order=3, second="midpoint", eta=1.0),
-    "dpmpp_3m_sde_shipped": ExponentialAdams(order=3, second="midpoint", eta=1.0, halve_curvature=True),
-    "unipc_1": ExponentialAdams(order=1, second="midpoint", corrector=True, lower_final=ALWAYS),
-    "unipc_1_bh1": ExponentialAdams(order=1, second="bh1", corrector=True, lower_final=ALWAYS),
-    "unipc": ExponentialAdams(order=2, second="midpoint", corrector=True, lower_final=ALWAYS),
-    "unipc_3": ExponentialAdams(order=3, second="midpoint", corrector=True, lower_final=ALWAYS),
-    "unipc_3_bh1": ExponentialAdams(order=3, second="bh1", corrector=True, lower_final=ALWAYS),
-}
+    y + share * (end - start) * (y - x0) / start. In eps or slope it would be the difference of two large numbers where
+    there is next to no signal, as at the start of a flow or zero-terminal-SNR model.
+    """
+    kept = share * (1 - end / start)
+    return Row(1 - kept, (), x0=kept)
+
+
+def differences(moments: FloatArray, offsets: Sequence[float]) -> tuple[float, ...]:
+    """Weights w with sum_j w_j offset_j^k = moments[k] for 1 <= k < n and sum_j w_j = 0; offsets[0] is 0.
+
+    The part of an n-point linear multistep rule that goes beyond first order: moments[k] is the integral of the rule's
+    kernel times v^k, where v is the variable that the predictions are polynomials of.
+    """
+    w = point_weights(moments, offsets)
+    return (w[0] - float(moments[0]), *w[1:])
+
+
+def point_weights(moments: FloatArray, offsets: Sequence[float]) -> tuple[float, ...]:
+    """Weights w with sum_j w_j offset_j^k = moments[k] for every k < n = len(offsets) = len(moments)."""
+    scale = max(abs(v) for v in offsets) or 1.0
+    vandermonde = np.vander(np.asarray(offsets) / scale, increasing=True).T
+    return tuple(np.linalg.solve(vandermonde, moments / scale ** np.arange(len(offsets))).tolist())

@@ -1,10 +1,15 @@
 """A problem with a known answer: Gaussian-mixture data, whose exact x0 prediction has a closed form."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from scipy.integrate import solve_ivp
 
 from diffaccel import SolverScheduler
+from diffaccel.samplers.grid import TimeGrid
+from diffaccel.samplers.plan import is_singlestep
+from diffaccel.samplers.stages import with_stages
 
 RNG = np.random.default_rng(0)
 MEANS = RNG.normal(size=(3, 4)) * 1.2
@@ -20,10 +25,10 @@ def x0_prediction(y: np.ndarray, lam: float) -> np.ndarray:
     return weights @ posterior / weights.sum()
 
 
-def exact(y: np.ndarray, nodes: np.ndarray, rate: float = 1.0) -> np.ndarray:
+def exact(y: np.ndarray, nodes: np.ndarray, rate: Callable[[float], float] = lambda lam: 1.0) -> np.ndarray:
     """Solution of dy/dlambda = rate * (x0(y) - y) at `nodes`, from y at nodes[0]; rate 1 is the probability flow."""
     flow = solve_ivp(
-        lambda lam, v: rate * (x0_prediction(v, lam) - v),
+        lambda lam, v: rate(lam) * (x0_prediction(v, lam) - v),
         (nodes[0], nodes[-1]),
         y,
         t_eval=nodes,
@@ -32,6 +37,12 @@ def exact(y: np.ndarray, nodes: np.ndarray, rate: float = 1.0) -> np.ndarray:
         atol=1e-13,
     )
     return flow.y.T
+
+
+def place(scheduler: SolverScheduler, lam: np.ndarray) -> None:
+    """Let the scheduler make its steps between the half log-SNR nodes `lam`, and then one to sigma = 0."""
+    grid = TimeGrid((*map(float, lam), np.inf), scheduler.schedule.time_at(lam))
+    scheduler._use(with_stages(scheduler.schedule, scheduler.solver, grid) if is_singlestep(scheduler.solver) else grid)
 
 
 def run(scheduler: SolverScheduler, y: np.ndarray, exact_values: np.ndarray | None = None) -> np.ndarray:

@@ -7,7 +7,9 @@ import pytest
 
 import diffaccel
 from diffaccel.samplers.catalog import SCHEDULES, SOLVER_ALIASES, parse_solver
-from diffaccel.samplers.solver import SOLVERS
+from diffaccel.samplers.exponential import ExponentialAdams
+from diffaccel.samplers.solvers import SOLVERS
+from diffaccel.samplers.spacing import FLOW_ONLY, NEVER_FLOW
 
 CONFIG = diffusers.DDIMScheduler(beta_schedule="scaled_linear", steps_offset=1).config
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).config
@@ -16,20 +18,21 @@ FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).config
 @pytest.mark.parametrize("config", [CONFIG, FLOW], ids=["vp", "flow"])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_factory_makes_the_named_solver(name, config):
-    scheduler = diffaccel.scheduler(name, config)
-    # the named classes write the order-1 rules without a second-order one
-    assert replace(scheduler.solver, second="exact") == replace(SOLVERS[name], second="exact")
-    if scheduler.solver.order > 1 or scheduler.solver.corrector:
-        assert scheduler.solver.second == SOLVERS[name].second
+    solver, rule = diffaccel.scheduler(name, config).solver, SOLVERS[name]
+    if isinstance(rule, ExponentialAdams) and rule.order == 1 and not rule.corrector:
+        solver = replace(solver, second=rule.second)  # which says nothing about one point
+    assert solver == rule
 
 
 @pytest.mark.parametrize("config", [CONFIG, FLOW], ids=["vp", "flow"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_factory_sets_the_named_schedule(schedule, config):
-    if schedule == "flow" and config is CONFIG:
-        with pytest.raises(ValueError, match="is for flow-matching models"):
+    if schedule in (NEVER_FLOW if config is FLOW else FLOW_ONLY):
+        with pytest.raises(ValueError, match=r"is (not )?for flow-matching models"):
             diffaccel.scheduler("dpmpp_2m", config, schedule=schedule)
         return
+    if schedule in ("ays_svd", "ays_deepfloyd"):
+        pytest.skip("for networks with another range of noise: see test_spacings.py")
     levels = []
     for other in (schedule, "karras" if schedule != "karras" else "trailing"):
         scheduler = diffaccel.scheduler("dpmpp_2m", config, schedule=other)
@@ -90,7 +93,7 @@ def test_another_solver_keeps_the_schedule_of_a_config_of_ours(schedule, config)
 
 
 @pytest.mark.parametrize("final", ["zero", "sigma_min"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name not in NEVER_FLOW])
 def test_runs_on_a_flow_pipelines_sigmas_end_without_noise(schedule, final):
     scheduler = diffaccel.scheduler("dpmpp_2m", FLOW, schedule=schedule, final=final)
     scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])

@@ -71,6 +71,14 @@ def _run(scheduler: SolverScheduler) -> Tensor:
     return x
 
 
+def _run_stock(scheduler: Any, steps: int) -> Tensor:
+    scheduler.set_timesteps(steps)
+    x = EPS
+    for t in scheduler.timesteps:
+        x = scheduler.step(0.1 * x, t, x).prev_sample
+    return x
+
+
 def _strictly_falls(values: Tensor) -> bool:
     return bool(values.isfinite().all() and (values.diff() < 0).all())
 
@@ -248,17 +256,32 @@ def test_every_number_of_steps_falls_strictly(spacing: str, path: str) -> None:
             assert scheduler._table.isfinite().all(), (steps, final)
 
 
+def test_sde_dpmsolver_of_order_3_has_no_rule_there() -> None:
+    stock = diffusers.DPMSolverMultistepScheduler(
+        algorithm_type="sde-dpmsolver", solver_order=3, final_sigmas_type="sigma_min"
+    )
+    with pytest.raises(UnboundLocalError):
+        _run_stock(stock, 20)
+    scheduler = DPMSolverScheduler.from_config(stock.config)
+    scheduler.set_timesteps(20)
+    assert _run(scheduler).isfinite().all()
+
+
 @pytest.mark.parametrize("algorithm", ["dpmsolver", "sde-dpmsolver"])
-def test_noise_prediction_forms_are_refused(algorithm: str) -> None:
-    """`sde-dpmsolver` of order 3 is an UnboundLocalError there; ours does not offer the form at all."""
-    stock = diffusers.DPMSolverMultistepScheduler(algorithm_type=algorithm, final_sigmas_type="sigma_min")
-    with pytest.raises(ValueError, match="is not supported; use dpmsolver"):
-        DPMSolverScheduler.from_config(stock.config)
+def test_noise_prediction_forms_end_at_zero(algorithm: str) -> None:
+    """There they insist on final_sigmas_type="sigma_min"."""
+    with pytest.raises(ValueError, match="final_sigmas_type"):
+        diffusers.DPMSolverMultistepScheduler(algorithm_type=algorithm)
+    scheduler = DPMSolverScheduler(**SD_BETAS, algorithm_type=algorithm)
+    scheduler.set_timesteps(8)
+    assert relative(_run(scheduler), X0) < 1e-6
 
 
 def test_unipc_in_noise_prediction_form_is_not_nan() -> None:
-    """`predict_x0=False` gives NaN with sigma = 0 there; ours predicts x0 whatever the config says."""
+    """`predict_x0=False` gives NaN with sigma = 0 there."""
     stock = diffusers.UniPCMultistepScheduler(**SD_BETAS, predict_x0=False)
+    assert not _run_stock(stock, 8).isfinite().all()
     scheduler = UniPCScheduler.from_config(stock.config)
+    assert scheduler.solver.memory == "epsilon"
     scheduler.set_timesteps(8)
     assert relative(_run(scheduler), X0) < 1e-6

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from diffaccel.samplers.grid import SPACINGS, beta_quantile, grid_from_sigmas, grid_from_timesteps, time_grid
+from diffaccel.samplers.grid import grid_from_sigmas, grid_from_timesteps, time_grid
 from diffaccel.samplers.schedule import NoiseSchedule, betas, zero_terminal_snr
+from diffaccel.samplers.spacing import FLOW_ONLY, INDEX_SPACINGS, beta_quantile
 
 SCHEDULES = {
     "linear": NoiseSchedule.from_alphas_cumprod(np.cumprod(1 - betas("linear", 1e-4, 0.02, 1000))),
@@ -23,11 +24,11 @@ COUNTS = [*range(1, 61), 100, 250, 999, 1000]
 
 
 @pytest.mark.parametrize("final", ["zero", "sigma_min"])
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("spacing", [*INDEX_SPACINGS, "karras", "exponential", "logsnr", "flow"])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_noise_falls_strictly_for_every_step_count(name, spacing, final):
     schedule = SCHEDULES[name]
-    if spacing.startswith("flow") and schedule.path != "flow":
+    if spacing in FLOW_ONLY and schedule.path != "flow":
         pytest.skip("flow spacing is for flow paths")
     for n in COUNTS:
         grid = time_grid(schedule, n, spacing, final=final, offset=1, shift=3.0)
