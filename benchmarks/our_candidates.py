@@ -11,6 +11,7 @@ from diffusers_candidates import ays
 
 import diffaccel
 from diffaccel.samplers.catalog import SCHEDULES
+from diffaccel.samplers.plan import is_singlestep
 from diffaccel.samplers.solvers import SOLVERS
 
 
@@ -33,6 +34,8 @@ class Ours:
         return {self.table: ays(self.table, calls)} if self.table else {"num_inference_steps": calls}
 
 
+SAME = ("euler", "heun")  # other names of ddim and deis_rho2heun
+OTHER_NETWORKS = ("flow", "ays_sdxl", "ays_svd", "ays_deepfloyd")
 # Members of the solver family that have no name of their own, by the options that ask for them.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc bh1": ("unipc", {"solver_order": 2, "solver_type": "bh1"}),
@@ -42,10 +45,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def our_candidates() -> Iterator[Ours]:
     """Every deterministic solver of ours x schedule x start x end x clock, and on the AYS table."""
-    named = {name: (name, {}) for name, rule in SOLVERS.items() if not rule.stochastic and name != "euler"}  # euler is ddim
+    named = {name: (name, {}) for name, rule in SOLVERS.items() if not rule.stochastic and name not in SAME}
     for (label, (solver, variant)), start in itertools.product((named | VARIANTS).items(), ("euler", "singlestep")):
+        rule = SOLVERS[solver]
+        if start == "singlestep" and (is_singlestep(rule) or not rule.can_correct):
+            continue
         for schedule, final, clock in itertools.product(SCHEDULES, ("zero", "sigma_min"), ("float", "integer")):
-            if schedule != "flow" and (clock == "float" or final == "zero"):
+            if schedule not in OTHER_NETWORKS and (clock == "float" or final == "zero"):
                 options = variant | {"schedule": schedule, "final": final, "timesteps": clock, "start": start}
                 yield Ours(f"{label} {start} {schedule} final={final} {clock}", solver, options)
         for table in ("timesteps", "sigmas"):

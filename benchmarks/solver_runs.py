@@ -33,13 +33,17 @@ BATCH_PROMPTS = 8  # prompts a pipeline call, each with all its seeds
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker needs to know: model and CLIP are names of the zoo or folders ("" for none)."""
+    """What a worker needs to know: model and CLIP are names of the zoo or folders ("" for none).
+
+    `compiled` runs the network through torch.compile: half the time, and outputs that differ in the last bits.
+    """
 
     model: str
     clip: str
     guidance_scale: float
     cache: str
     reference: ReferenceSettings
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ class Worker:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.pipe = load_pipe(setup.model)
+        if setup.compiled:
+            self.pipe.unet.compile()
         self.config = dict(self.pipe.scheduler.config)
         self._scheduler = self.pipe.scheduler
         self._clip: Any = None
@@ -120,6 +126,8 @@ class Worker:
             return {"fails": "ArithmeticError: its result is not finite"}
         references = [self.reference(job.prompts, job.seeds, s) for s in (self.setup.reference, *job.against)]
         scores = {"mse": latent_mse(latents, references[0].latents).tolist()}
+        variance, wanted = (x.flatten(1).var(1) for x in (latents.double(), references[0].latents.double()))
+        scores["variance"] = (variance / wanted).tolist()
         scores["mse_against"] = [latent_mse(latents, r.latents).tolist() for r in references[1:]]
         if job.images:
             ours, theirs = self._decode(latents), self._reference_pictures(job, references[0])

@@ -15,7 +15,7 @@ class DualFast:
 
     The network errs more at low noise. In the first-order term the newest prediction m_0 becomes
     (1 + c) m_0 - c m_1, in whatever the solver keeps; differences of predictions stay what they were. Around DDIM on
-    eps that is gradient estimation with gamma = 1 + c.
+    eps that is gradient estimation with gamma = 1 + c, but for the last step to sigma = 0, where c counts too.
 
     The paper's c_t and its choice of the older prediction are known to us from notes only (c_t grows as noise falls):
     here c_t = strength * alpha^2 / (alpha^2 + sigma^2) at the newest node, and the older prediction is the one before.

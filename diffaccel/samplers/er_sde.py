@@ -20,7 +20,7 @@ NOISE_SCALES: dict[str, Callable[[FloatArray], FloatArray]] = {
     "sde_2": lambda x: x**1.5,
     "sde_3": lambda x: x**2.5,
     "sde_4": lambda x: x**0.9 * np.log10(1 + 100 * x**1.5),
-    "sde_5": lambda x: x * (np.exp(x**0.3) + 10),
+    "sde_5": lambda x: x * (np.exp(np.minimum(x**0.3, 600)) + 10),  # at pure noise exp would overflow, and 1 / phi is 0
 }
 
 

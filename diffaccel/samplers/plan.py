@@ -121,9 +121,21 @@ def _multistep_plan(
         if not repeats_next and not ends_here:
             order = min(solver.order, len(known), n - i if n < solver.lower_final else n)
             row = solver.predict(nodes[i + 1], known, order)
+            if step.correct is not None:
+                row = _from_memory(row, node.frame_sigma(solver.memory))
             step, used = replace(step, predict=_to_x(row, solver, node, nodes[i + 1])), order
         steps.append(replace(step, hold=hold and bool(steps)))
     return steps
+
+
+def _from_memory(row: Row, sigma: float) -> Row:
+    """`row` with its x0 written as sample less sigma times what is kept.
+
+    The x0 of a call is that of the sample the network saw. After a correction it no longer fits the sample, while eps
+    and slope do not change.
+    """
+    first, *rest = row.m or (0.0,)
+    return replace(row, x=row.x + row.x0, m=(first - row.x0 * sigma, *rest), x0=0.0) if row.x0 else row
 
 
 def _staged_plan(schedule: NoiseSchedule, grid: TimeGrid, solver: Singlestep, x0_of: X0Of, begin: int) -> list[Step]:

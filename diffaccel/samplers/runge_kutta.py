@@ -50,7 +50,8 @@ class RungeKutta:
     Attributes:
         tableau: a name in `TABLEAUS`.
         eta: ancestral noise (k-diffusion): 1 replaces the noise as the reverse SDE does, 0 none.
-        s_churn, s_tmin, s_tmax, s_noise: EDM's, gamma = min(s_churn / steps, sqrt(2) - 1) for sigma in the range.
+        s_churn, s_tmin, s_tmax, s_noise: EDM's, gamma = min(s_churn / steps, sqrt(2) - 1) where the raised sigma is in
+            the range.
     """
 
     tableau: str = "heun"

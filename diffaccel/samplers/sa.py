@@ -29,7 +29,7 @@ class SASolver(ExponentialAdams):
 
     def eta_at(self, node: Node) -> float:
         """`eta` inside the interval of training time, 0 outside."""
-        time = node.time / node.schedule.times[-1] if node.schedule.path != "ve" else _share(node)
+        time = node.time / node.schedule.count if node.schedule.path != "ve" else _share(node)
         return self.eta if self.noise_end <= time <= self.noise_start else 0.0
 
 

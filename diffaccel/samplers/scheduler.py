@@ -141,7 +141,10 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         if "solver" in options and cls._has_own_solver():
             del options["solver"]  # this class has its own
             overrides["solver_options"] = options or None
-        return super().from_config(dict(config), return_unused_kwargs, **(overrides | cls._adopt(config) | kwargs))
+        adopted = cls._adopt(config)
+        if adopted.get("solver_options") and kwargs.get("solver_options"):
+            kwargs["solver_options"] = adopted["solver_options"] | kwargs["solver_options"]
+        return super().from_config(dict(config), return_unused_kwargs, **(overrides | adopted | kwargs))
 
     @classmethod
     def _adopt(cls, config: Mapping[str, Any]) -> dict[str, Any]:

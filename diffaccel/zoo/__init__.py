@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-NAMES = ("emoji-sd", "emoji-clip")
+NAMES = ("emoji-sd", "emoji-clip", "emoji-oms")
 
 
 def path(name: str) -> Path:
@@ -19,7 +19,8 @@ def path(name: str) -> Path:
 def load(name: str, **kwargs: Any) -> Any:
     """Load a zoo model, in float32 unless `dtype` says otherwise.
 
-    `emoji-sd` is a plain `StableDiffusionPipeline` (64 x 64 pictures), `emoji-clip` a pair (`CLIPModel`, processor).
+    `emoji-sd` is a plain `StableDiffusionPipeline` (64 x 64 pictures), `emoji-clip` a pair (`CLIPModel`, processor),
+    `emoji-oms` a `UNet2DConditionModel` for `diffaccel.starts.one_more_step` on `emoji-sd`.
 
     Args:
         name: one of `NAMES`.
@@ -33,6 +34,8 @@ def load(name: str, **kwargs: Any) -> Any:
         from transformers import CLIPModel, CLIPProcessor
 
         return CLIPModel.from_pretrained(folder, **kwargs).eval(), CLIPProcessor.from_pretrained(folder)
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
+    if name == "emoji-oms":
+        return UNet2DConditionModel.from_pretrained(folder, **kwargs).eval()
     return StableDiffusionPipeline.from_pretrained(folder, **kwargs)

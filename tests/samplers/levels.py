@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from diffaccel.samplers.row import Row
-from diffaccel.samplers.schedule import NoiseSchedule, betas
+from diffaccel.samplers.schedule import FloatArray, NoiseSchedule, betas
 from diffaccel.samplers.solver import Node
 
 SCHEDULES = {
@@ -15,7 +15,7 @@ SCHEDULES = {
 }
 
 
-def nodes(path: str, lambdas: Sequence[float]) -> list[Node]:
+def nodes(path: str, lambdas: Sequence[float] | FloatArray) -> list[Node]:
     return [Node(float(v), SCHEDULES[path]) for v in lambdas]
 
 

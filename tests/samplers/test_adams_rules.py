@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -37,13 +38,13 @@ def lagrange(points: Sequence[float], j: int) -> Callable[[float], float]:
 
 def piecewise(f: Callable[[float], float], a: float, b: float, kinks: Sequence[float] = ()) -> float:
     edges = sorted({a, b, *(k for k in kinks if min(a, b) < k < max(a, b))}, reverse=b < a)
-    return sum(quad(f, lo, hi, epsabs=1e-13, epsrel=1e-11)[0] for lo, hi in zip(edges[:-1], edges[1:], strict=True))
+    return sum(quad(f, lo, hi, epsabs=1e-13, epsrel=1e-11)[0] for lo, hi in pairwise(edges))
 
 
 @SEEDS
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_t_ab_on_a_discrete_schedule(order, seed):
-    """C_ij of DEIS, eq. 15: x' = Psi x + sum_j C_ij eps_j on a table of betas, between whose entries log-SNR is linear."""
+    """C_ij of DEIS, eq. 15: x' = Psi x + sum_j C_ij eps_j on a table of betas; log-SNR is linear in between."""
     *known, end = random_nodes("vp", order + 1, seed)
     known, schedule = known[::-1], SCHEDULES["vp"]
     times = [n.time for n in known]

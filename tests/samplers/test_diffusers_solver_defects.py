@@ -1,4 +1,4 @@
-"""Where a solver of Diffusers 0.42.1 computes something else than its paper: one test a defect, theirs shown, ours right."""
+"""Where a solver of Diffusers 0.42.1 is not that of its paper: one test a defect, theirs shown, ours right."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ X0 = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
 def test_sde_third_order_weight_has_its_sign() -> None:
-    """`sde-dpmsolver++` of order 3 has - 1/2 for + 1/2: the weight of the curvature tends to -1 with the step, not to 0."""
+    """`sde-dpmsolver++` of order 3 has - 1/2 for + 1/2: the weight of the curvature tends to -1, not to 0."""
     h = 0.05
     at = nodes("vp", [-2 * h, -h, 0.0, h])
     stock = diffusers.DPMSolverMultistepScheduler(**SD, algorithm_type="sde-dpmsolver++", solver_order=3)

@@ -36,7 +36,7 @@ def test_dpm_solver_on_noise(algorithm, order, solver_type, spacing, steps):
     keys = {"algorithm_type": algorithm, "solver_order": order, "solver_type": solver_type, "timestep_spacing": spacing}
     stock = diffusers.DPMSolverMultistepScheduler(**SD, **keys, **TO_SIGMA_MIN)
     ours = diffaccel.DPMSolverScheduler.from_config(stock.config, solver_options=INTEGER)
-    assert relative_difference(sample(ours, steps), sample(stock, steps)) < 2e-5
+    assert relative_difference(sample(ours, steps), sample(stock, steps)) < 1e-5
 
 
 @STEPS
@@ -46,7 +46,7 @@ def test_unipc_on_noise(order, solver_type, steps):
     keys = {"solver_order": order, "solver_type": solver_type, "predict_x0": False}
     stock = diffusers.UniPCMultistepScheduler(**SD, **keys, **TO_SIGMA_MIN)
     ours = diffaccel.UniPCScheduler.from_config(stock.config, solver_options={**INTEGER, "prediction": "epsilon"})
-    assert relative_difference(sample(ours, steps), sample(stock, steps)) < 2e-5
+    assert relative_difference(sample(ours, steps), sample(stock, steps)) < 1e-5
 
 
 @pytest.mark.parametrize("options", [{}, INTEGER], ids=["alone", "with other options"])
@@ -61,10 +61,10 @@ def test_predict_x0_false_is_adopted(options):
 @pytest.mark.parametrize("spacing", ["linspace", "leading"])
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_deis(order, spacing, steps):
-    """Diffusers ends at the least trained noise. Its third order loses float32 digits to cancellation."""
+    """Diffusers ends at the least trained noise."""
     stock = diffusers.DEISMultistepScheduler(**SD, solver_order=order, timestep_spacing=spacing)
     ours = diffaccel.DEISScheduler.from_config(stock.config, solver_options=INTEGER, **TO_SIGMA_MIN)
-    assert relative_difference(sample(ours, steps), sample(stock, steps)) < (2e-5 if order < 3 else 2e-4)
+    assert relative_difference(sample(ours, steps), sample(stock, steps)) < 1e-5
 
 
 @STEPS
@@ -79,9 +79,8 @@ def test_sa_solver(predictor, tau, steps):
     options |= {"noise_start": 1.0, "noise_end": 0.0}
     config = {k: v for k, v in stock.config.items() if k != "tau_func"}
     ours = SolverScheduler.from_config(config, solver_options=options, **TO_SIGMA_MIN)
-    assert relative_difference(noisy_sample(ours, steps), noisy_sample(stock, steps)) < (
-        2e-5 if predictor < 3 else 3e-4
-    )
+    difference = relative_difference(noisy_sample(ours, steps), noisy_sample(stock, steps))
+    assert difference < (1e-5 if predictor < 3 else 1e-4)  # its integrals cancel in float32
 
 
 @STEPS
@@ -90,7 +89,7 @@ def test_sa_solver_draws_noise_where_diffusers_does(steps):
     stock = diffusers.SASolverScheduler(**SD, predictor_order=2, corrector_order=3)
     options = {"solver": "sa_solver", "order": 2, "second": "bh1", **INTEGER}
     ours = SolverScheduler.from_config(stock.config, solver_options=options, **TO_SIGMA_MIN)
-    assert relative_difference(noisy_sample(ours, steps), noisy_sample(stock, steps)) < 2e-5
+    assert relative_difference(noisy_sample(ours, steps), noisy_sample(stock, steps)) < 1e-5
 
 
 def noisy_sample(scheduler: Any, steps: int) -> Tensor:
@@ -143,13 +142,13 @@ def test_k_diffusion_s_samplers(name, prediction, keys, steps):
     ours = SolverScheduler.from_config(stock.config, solver_options={"solver": K_DIFFUSION[name]})
     ours.set_timesteps(sigmas=levels(stock))
     theirs, result = both(stock, ours, generator_too="Ancestral" in name)
-    assert relative_difference(result, theirs) < 5e-5
+    assert relative_difference(result, theirs) < 1e-5
 
 
 @pytest.mark.parametrize("steps", [2, 5, 10])
 @pytest.mark.parametrize("keys", SPACINGS, ids=lambda keys: "".join(keys))
 def test_dpm_2_ancestral(keys, steps, monkeypatch):
-    """Given the noises, since theirs draws one a step and ours one a call: only that of the last call of a step counts."""
+    """Given the noises: theirs draws one a step, ours one a call, of which that of the last call of a step counts."""
     noises = torch.randn(steps, 2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     theirs, ours_ = iter(noises), iter(noises.repeat_interleave(2, dim=0))
     module = "diffusers.schedulers.scheduling_k_dpm_2_ancestral_discrete.randn_tensor"
@@ -160,7 +159,7 @@ def test_dpm_2_ancestral(keys, steps, monkeypatch):
     ours = SolverScheduler.from_config(stock.config, solver_options={"solver": "dpm_2s_ancestral"})
     ours.set_timesteps(sigmas=levels(stock))
     expected, result = both(stock, ours)
-    assert relative_difference(result, expected) < 5e-5
+    assert relative_difference(result, expected) < 2e-5  # a difference of large numbers at 2 steps
 
 
 def test_heun_scheduler_makes_their_n_steps_in_2n_minus_1_calls():
@@ -170,7 +169,7 @@ def test_heun_scheduler_makes_their_n_steps_in_2n_minus_1_calls():
     ours.set_timesteps(19)
     assert len(stock.timesteps) == len(ours.timesteps) == 19
     theirs, result = both(stock, ours)
-    assert relative_difference(result, theirs) < 5e-5
+    assert relative_difference(result, theirs) < 1e-5
 
 
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "dpmsolver"])
@@ -179,7 +178,7 @@ def test_heun_scheduler_makes_their_n_steps_in_2n_minus_1_calls():
 def test_singlestep_of_two_stages_on_even_log_snr(calls, solver_type, algorithm):
     """There the nodes that Diffusers uses for stages are at half of a step. Until the last call: it is NaN on noise."""
     theirs, result = singlestep(calls, {"solver_order": 2, "algorithm_type": algorithm, "solver_type": solver_type})
-    assert relative_difference(result, theirs) < 1e-4
+    assert relative_difference(result, theirs) < 1e-5
 
 
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "dpmsolver"])
@@ -187,7 +186,7 @@ def test_singlestep_of_two_stages_on_even_log_snr(calls, solver_type, algorithm)
 def test_singlestep_of_three_stages_on_even_log_snr(calls, algorithm):
     """Its inner stage has the weights of `solver_type`, where the papers' algorithm 5 has exact ones: give it those."""
     theirs, result = singlestep(calls, {"solver_order": 3, "algorithm_type": algorithm})
-    assert relative_difference(result, theirs) < 1e-4
+    assert relative_difference(result, theirs) < 1e-5
 
 
 def singlestep(calls: int, keys: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -249,4 +248,4 @@ def test_ipndm(points, steps):
 def test_edm_multistep(solver, keys, steps):
     stock = diffusers.EDMDPMSolverMultistepScheduler(**keys)
     ours = SolverScheduler.from_config(stock.config, solver_options={"solver": solver})
-    assert relative_difference(sample(ours, steps), sample(stock, steps)) < 2e-5
+    assert relative_difference(sample(ours, steps), sample(stock, steps)) < 1e-5

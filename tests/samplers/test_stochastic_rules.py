@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -19,7 +20,11 @@ from tests.samplers.test_runge_kutta_rules import Y, field, scheduler_on, states
 PATHS = pytest.mark.parametrize("path", SCHEDULES)
 SIGMAS = {"vp": [9.0, 4.0, 1.1, 0.3], "ve": [60.0, 4.0, 1.1, 0.05], "flow": [0.97, 0.7, 0.4, 0.12]}
 NOISES = np.random.default_rng(7).normal(size=(40, 4))
-phi2 = lambda z: (math.expm1(z) - z) / z  # noqa: E731  ComfyUI's phi2h, of a negative z
+
+
+def phi2(z: float) -> float:
+    """ComfyUI's phi2h, of a negative z."""
+    return (math.expm1(z) - z) / z
 
 
 @pytest.fixture
@@ -64,7 +69,7 @@ def test_seeds_is_comfyui_s_loop(stages, eta, path, given_noise):
     calls, (found, counts) = iter(NOISES), run(path, solver=f"seeds_{stages}", eta=eta)
     assert counts == (*[stages] * 3, 1)
     known, y, seen = levels(path), Y, []
-    for now, after in zip(known[:-1], known[1:], strict=True):
+    for now, after in pairwise(known):
         h, r = after.lam - now.lam, [j / stages for j in range(stages + 1)]
         s = [math.exp(-(now.lam + q * h)) for q in r]  # sigma / alpha; alpha is 1 in y
         h_eta, d, noise, start = h * (1 + eta), [], np.zeros(4), y
@@ -172,7 +177,7 @@ def test_ancestral_samplers_are_k_diffusion_s(name, field_name, advance: Advance
     found, counts = run(path, solver=name, **{field_name: eta})
     y, seen, call = Y, [], 0
     s = [n.ve_sigma for n in levels(path)]
-    for now, after in zip(s[:-1], s[1:], strict=True):
+    for now, after in pairwise(s):
         down, up = ancestral_step(now, after, eta)
         y, stages = advance(y, now, down)
         seen, call = [*seen, *stages], call + len(stages)
