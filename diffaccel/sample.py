@@ -17,8 +17,9 @@ from diffaccel.samplers.catalog import scheduler as make_scheduler
 
 def load_pipeline(model: str, device: str | None = None, dtype: str | None = None) -> DiffusionPipeline:
     """Pipeline of a zoo name, a local folder or a hub id, on `device` (default: what there is)."""
-    if model == "emoji-clip":
-        raise ValueError("emoji-clip is a feature extractor and makes no pictures; use emoji-sd")
+    if model in ("emoji-clip", "emoji-oms"):
+        what = "a feature extractor" if model == "emoji-clip" else "the network of one more step"
+        raise ValueError(f"{model} is {what} and makes no pictures; use emoji-sd")
     device = device or _best_device()
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("there is no CUDA device here; use --device cpu")

@@ -9,8 +9,8 @@ from pathlib import Path
 import diffaccel
 
 PACKAGE = Path(diffaccel.__file__).parent
-RULES = ["exponential", "adams_bashforth", "runge_kutta", "er_sde", "gradient_estimation", "accelerated_ddpm"]
-RULES += ["sa", "dual_fast"]
+RULES = ["exponential", "adams_bashforth", "ancestral", "runge_kutta", "exponential_runge_kutta", "er_sde", "sa"]
+RULES += ["gradient_estimation", "accelerated_ddpm", "dual_fast"]
 # A module of the sampler core may import those to its left only: config -> schedule -> grid -> rows -> step.
 LAYERS = [
     "schedule",
@@ -25,6 +25,7 @@ LAYERS = [
     "plan",
     "config",
     "request",
+    "options",
     "scheduler",
     "named",
     "catalog",
@@ -62,7 +63,19 @@ def test_sampler_core_imports_one_way():
 
 
 def test_mathematics_imports_no_torch():
-    for name in ("schedule", "solver", *RULES, "solvers", "spacing", "grid", "stages", "plan", "config", "request"):
+    for name in (
+        "schedule",
+        "solver",
+        *RULES,
+        "solvers",
+        "spacing",
+        "grid",
+        "stages",
+        "plan",
+        "config",
+        "request",
+        "options",
+    ):
         imported = (PACKAGE / "samplers" / f"{name}.py").read_text()
         assert "import torch" not in imported, name
         assert "diffusers import" not in imported, name

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from diffaccel.samplers.config import is_flow
 from diffaccel.samplers.exponential import ExponentialAdams, SecondOrder
+from diffaccel.samplers.exponential_runge_kutta import ExponentialRungeKutta
 from diffaccel.samplers.grid import Final
-from diffaccel.samplers.runge_kutta import ExponentialRungeKutta
 from diffaccel.samplers.scheduler import SolverScheduler
 from diffaccel.samplers.solver import ALWAYS, Multistep, Singlestep
 from diffaccel.samplers.solvers import SOLVERS

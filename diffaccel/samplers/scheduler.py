@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,15 +15,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from diffaccel.samplers import config as boundary
-from diffaccel.samplers.dual_fast import DualFast
 from diffaccel.samplers.grid import Final, TimeGrid
+from diffaccel.samplers.options import solver_with
 from diffaccel.samplers.plan import Layout, Step, is_singlestep, make_plan, table
 from diffaccel.samplers.request import requested_grid, strength_calls
 from diffaccel.samplers.row import PREDICTION_TYPES, combine, dynamic_threshold, edm_coefficients, x0_coefficients
 from diffaccel.samplers.solver import Multistep, Singlestep
 from diffaccel.samplers.solvers import SOLVERS
 
-OPTIONS = ("solver", "schedule", "timesteps", "start", "strength", "dual_fast")
 CURSOR_START = 2  # torch.compile keeps an integer of 0 or 1 as a constant, so a step counter must not pass them
 
 
@@ -118,7 +117,9 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         elif prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"unknown prediction_type {prediction_type!r}; use {', '.join(PREDICTION_TYPES)}")
         self.schedule = boundary.noise_schedule(self.config)
-        self.solver = self._solver_with_options()
+        if self._options().get("solver") and self._has_own_solver():
+            raise ValueError(f"{type(self).__name__} has its own solver; name another one in SolverScheduler's options")
+        self.solver = solver_with(self.make_solver(), self._options())
         self._layout = Layout(self.solver.order)
         if self.schedule.path == "vp":
             alpha = np.array([self.schedule.alpha_sigma(lam)[0] for lam in self.schedule.lambdas])
@@ -169,28 +170,6 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         if name not in SOLVERS:
             raise ValueError(f"unknown solver {name!r}; use {', '.join(SOLVERS)}")
         return SOLVERS[name]
-
-    def _solver_with_options(self) -> Multistep | Singlestep:
-        options = self._options()
-        for key, allowed in (("timesteps", ("float", "integer")), ("start", ("euler", "singlestep"))):
-            if options.pop(key, allowed[0]) not in allowed:
-                raise ValueError(f"solver_options[{key!r}] is {self._options()[key]!r}; use {' or '.join(allowed)}")
-        if options.pop("solver", None) and self._has_own_solver():
-            raise ValueError(f"{type(self).__name__} has its own solver; name another one in SolverScheduler's options")
-        strength_calls(self.schedule.path, 1000, options.pop("strength", 1.0))
-        options.pop("schedule", None)
-        dual_fast = options.pop("dual_fast", 0.0)
-        solver: Any = self.make_solver()
-        known = [f.name for f in fields(solver)]
-        if unknown := sorted(set(options) - set(known)):
-            accepted = ", ".join((*OPTIONS, *known))
-            raise ValueError(f"unknown solver option {unknown[0]!r}; use {accepted}")
-        solver = replace(solver, **options)
-        if not dual_fast:
-            return solver
-        if is_singlestep(solver):
-            raise ValueError("dual_fast mixes in an earlier prediction; use a multistep solver, which keeps them")
-        return DualFast(solver, dual_fast)
 
     def _x0_of(self, lam: float) -> tuple[float, float]:
         alpha, sigma = self.schedule.alpha_sigma(lam)

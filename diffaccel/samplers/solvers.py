@@ -8,8 +8,9 @@ from diffaccel.samplers.accelerated_ddpm import AcceleratedDDPM
 from diffaccel.samplers.adams_bashforth import AdamsBashforth
 from diffaccel.samplers.er_sde import ERSDE
 from diffaccel.samplers.exponential import ExponentialAdams
+from diffaccel.samplers.exponential_runge_kutta import ExponentialRungeKutta
 from diffaccel.samplers.gradient_estimation import GradientEstimation
-from diffaccel.samplers.runge_kutta import ExponentialRungeKutta, RungeKutta
+from diffaccel.samplers.runge_kutta import RungeKutta
 from diffaccel.samplers.sa import SASolver
 from diffaccel.samplers.solver import ALWAYS, Multistep, Singlestep
 

@@ -10,7 +10,8 @@ import torch
 
 from diffaccel import SolverScheduler
 from diffaccel.samplers.exponential import ExponentialAdams
-from diffaccel.samplers.runge_kutta import TABLEAUS, ExponentialRungeKutta, RungeKutta
+from diffaccel.samplers.exponential_runge_kutta import ExponentialRungeKutta
+from diffaccel.samplers.runge_kutta import TABLEAUS, RungeKutta
 from diffaccel.samplers.solver import Singlestep
 from tests.samplers.analytic import place
 from tests.samplers.levels import SCHEDULES, nodes, of_ve_sigma

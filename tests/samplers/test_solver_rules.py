@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffaccel.samplers.exponential import ExponentialAdams
-from diffaccel.samplers.runge_kutta import ExponentialRungeKutta
+from diffaccel.samplers.exponential_runge_kutta import ExponentialRungeKutta
 from diffaccel.samplers.solver import Node
 from diffaccel.samplers.solvers import SOLVERS
 from tests.samplers.levels import SCHEDULES, apply, random_nodes

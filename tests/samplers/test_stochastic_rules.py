@@ -9,8 +9,10 @@ import pytest
 import torch
 from scipy.integrate import quad
 
+from diffaccel.samplers.ancestral import ancestral
 from diffaccel.samplers.exponential import ExponentialAdams
-from diffaccel.samplers.runge_kutta import ExponentialRungeKutta, RungeKutta, ancestral
+from diffaccel.samplers.exponential_runge_kutta import ExponentialRungeKutta
+from diffaccel.samplers.runge_kutta import RungeKutta
 from diffaccel.samplers.sa import SASolver
 from diffaccel.samplers.solver import Node
 from diffaccel.samplers.solvers import SOLVERS

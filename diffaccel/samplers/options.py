@@ -1,0 +1,34 @@
+"""`solver_options`, the one config key of ours: checked, and put into the solver."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from diffaccel.samplers.dual_fast import DualFast
+from diffaccel.samplers.plan import is_singlestep
+from diffaccel.samplers.request import strength_calls
+from diffaccel.samplers.solver import Multistep, Singlestep
+
+# Keys that are not fields of the solver.
+OWN = ("solver", "schedule", "timesteps", "start", "strength", "dual_fast")
+
+
+def solver_with(solver: Multistep | Singlestep, options: Mapping[str, Any]) -> Multistep | Singlestep:
+    """`solver` with its fields changed by `options`; raises `ValueError` for an unknown key or value."""
+    for key, allowed in (("timesteps", ("float", "integer")), ("start", ("euler", "singlestep"))):
+        if options.get(key, allowed[0]) not in allowed:
+            raise ValueError(f"solver_options[{key!r}] is {options[key]!r}; use {' or '.join(allowed)}")
+    strength_calls("vp", 1000, options.get("strength", 1.0))
+    rule: Any = solver
+    known = [f.name for f in fields(rule)]
+    own = {key: value for key, value in options.items() if key not in OWN}
+    if unknown := sorted(own.keys() - set(known)):
+        raise ValueError(f"unknown solver option {unknown[0]!r}; use {', '.join((*OWN, *known))}")
+    solver = replace(rule, **own)
+    if not options.get("dual_fast"):
+        return solver
+    if is_singlestep(solver):
+        raise ValueError("dual_fast mixes in an earlier prediction; use a multistep solver, which keeps them")
+    return DualFast(solver, options["dual_fast"])
