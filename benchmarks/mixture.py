@@ -11,27 +11,29 @@ from torch import Tensor
 
 from diffaccel.samplers.schedule import NoiseSchedule
 
-SHAPE, COMPONENTS, MEAN_STD, STDS = (8, 8), 6, 0.8, (0.6, 0.03)
+SIZE, COMPONENTS, MEAN_STD = 64, 6, 0.8
 
 
 @dataclass(frozen=True)
 class Mixtures:
-    """Several mixtures of 8 x 8 "pictures", side by side, with equal weights and one diagonal covariance.
+    """Several mixtures of 8 x 8 numbers, side by side, with equal weights and one diagonal covariance.
 
     Attributes:
         means: (mixtures, components, 64).
-        variances: (64,), falling geometrically: as in pictures, some details are below the noise until its very end.
+        variances: (64,), those inside every component.
     """
 
     means: Tensor
     variances: Tensor
 
     @classmethod
-    def drawn(cls, count: int, generator: torch.Generator) -> Mixtures:
-        """`count` mixtures of `COMPONENTS` components each, whose means are Gaussian."""
-        size = SHAPE[0] * SHAPE[1]
-        means = MEAN_STD * torch.randn(count, COMPONENTS, size, generator=generator, dtype=torch.float64)
-        return cls(means, torch.from_numpy(np.geomspace(*STDS, size)) ** 2)
+    def drawn(cls, count: int, stds: tuple[float, float], generator: torch.Generator) -> Mixtures:
+        """`count` mixtures with Gaussian means; the standard deviations fall geometrically between `stds`.
+
+        Where they do, some details lie below the noise until its very end, as in pictures.
+        """
+        means = MEAN_STD * torch.randn(count, COMPONENTS, SIZE, generator=generator, dtype=torch.float64)
+        return cls(means, torch.from_numpy(np.geomspace(*stds, SIZE)) ** 2)
 
     def x0(self, x: Tensor, alpha: float, sigma: float) -> Tensor:
         """E[x0 | x] for x = alpha * x0 + sigma * eps of shape (mixtures, n, 64)."""

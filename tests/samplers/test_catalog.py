@@ -1,6 +1,8 @@
 """Names mean what they say, whoever's they are."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -98,3 +100,23 @@ def test_runs_on_a_flow_pipelines_sigmas_end_without_noise(schedule, final):
     scheduler = diffaccel.scheduler("dpmpp_2m", FLOW, schedule=schedule, final=final)
     scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
     assert scheduler.sigmas[-1] < 0.01  # the end of the shifted table
+
+
+def test_field_guide_names_every_solver_and_schedule():
+    text = (Path(__file__).parents[2] / "docs" / "solvers.md").read_text()
+    assert not [name for name in (*SOLVERS, *SCHEDULES) if f"`{name}`" not in text]
+
+
+def test_field_guide_states_the_declared_orders():
+    """Rows are `names | noise | orders | calls | what`; one number stands for all names of a row."""
+    for line in (Path(__file__).parents[2] / "docs" / "solvers.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        names = [name for name in re.findall(r"`(\w+)`", cells[0]) if name in SOLVERS]
+        if not names or len(cells) < 5 or cells[1] not in ("ODE", "SDE"):
+            continue
+        orders, calls = (cells[i].split(", ") for i in (2, 3))
+        for i, name in enumerate(names):
+            rule = SOLVERS[name]
+            assert cells[1] == ("SDE" if rule.stochastic else "ODE"), name
+            assert int(orders[i if len(orders) > 1 else 0]) == rule.convergence_order, name
+            assert int(calls[i if len(calls) > 1 else 0]) == getattr(rule, "stages", 1), name
