@@ -38,6 +38,10 @@ SOLVER_ALIASES = {
     "dpm++ sde": "seeds_2",  # the same rule, with the exact noise of a Brownian path
     "dpmpp sde": "seeds_2",
     "dpmpp sde gpu": "seeds_2",
+    "dpm++ 2m sde heun": "res_2m_sde",
+    "dpmpp 2m sde heun": "res_2m_sde",
+    "dpmpp 2m sde heun gpu": "res_2m_sde",
+    "dpm fast": "dpm_3s",
     "dpm2": "dpm_2s",  # stages at the geometric mean of the sigmas are stages at half of the step in log-SNR
     "dpm 2": "dpm_2s",
     "dpm2 a": "dpm_2s_ancestral",

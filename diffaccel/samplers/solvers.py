@@ -69,6 +69,7 @@ _CATALOGUE: tuple[tuple[str, Multistep | Singlestep, str], ...] = (
     # RES, SEEDS, SA, ER-SDE
     ("res_2m", ExponentialAdams(order=2), RES),
     ("res_3m", ExponentialAdams(order=3), RES),
+    ("res_2m_sde", ExponentialAdams(order=2, eta=1.0), RES),
     ("res_2s", ExponentialRungeKutta(stages=2, second="exact"), RES),
     ("seeds_2", ExponentialRungeKutta(stages=2, eta=1.0), SEEDS),
     ("seeds_3", ExponentialRungeKutta(stages=3, eta=1.0), SEEDS),
