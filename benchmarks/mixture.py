@@ -49,28 +49,29 @@ class Mixtures:
         eps = (x - alpha * x0) / sigma
         return eps - x0 if path == "flow" else eps
 
-    def solution(self, noise: Tensor, schedule: NoiseSchedule, to_zero: bool = False) -> Tensor:
-        """The exact ODE from `noise` at the most trained noise to the least; there the x0 prediction, or on to 0.
+    def solution(self, noise: Tensor, schedule: NoiseSchedule) -> Tensor:
+        """The exact ODE from `noise` at the most trained noise to the least, and the x0 prediction there."""
+        end = schedule.lambda_min_noise
+        return self.x0(self.ode(noise, schedule, end), *schedule.alpha_sigma(end))
 
-        DOP853 at a relative tolerance of 1e-12; on flow paths in the sample itself against sigma, elsewhere in
-        x / alpha against sigma / alpha's logarithm.
+    def ode(self, noise: Tensor, schedule: NoiseSchedule, end: float) -> Tensor:
+        """Sample at half log-SNR `end` on the exact ODE from `noise` at the most trained noise.
+
+        DOP853 at a relative tolerance of 1e-12; on flow paths the sample against sigma, elsewhere sample / alpha
+        against half log-SNR.
         """
-        flow = schedule.path == "flow"
-        start, end = float(schedule.lambdas[-1]), 12.0 if to_zero else schedule.lambda_min_noise
+        flow, start = schedule.path == "flow", float(schedule.lambdas[-1])
         first, last = schedule.alpha_sigma(start), schedule.alpha_sigma(end)
 
-        def flow_rate(sigma: float, x: Tensor) -> Tensor:
-            return self.output(x, 1 - sigma, sigma, "flow")
-
-        def rate(lam: float, y: Tensor) -> Tensor:
-            return self.x0(y, 1.0, np.exp(-lam)) - y
+        def rate(clock: float, v: Tensor) -> Tensor:
+            if flow:
+                return self.output(v, 1 - clock, clock, "flow")
+            return self.x0(v, 1.0, np.exp(-clock)) - v
 
         y = noise if flow else noise / first[0]
-        span = (first[1], last[1]) if flow else (start, end)
-        chosen = flow_rate if flow else rate
         found = solve_ivp(
-            lambda t, v: chosen(t, torch.from_numpy(v).view_as(y)).flatten().numpy(),
-            span,
+            lambda clock, v: rate(clock, torch.from_numpy(v).view_as(y)).flatten().numpy(),
+            (first[1], last[1]) if flow else (start, end),
             y.flatten().numpy(),
             method="DOP853",
             rtol=1e-12,
@@ -78,5 +79,4 @@ class Mixtures:
         )
         if not found.success:
             raise RuntimeError(f"the exact solution was not found: {found.message}")
-        x = torch.from_numpy(found.y[:, -1].copy()).view_as(y) * (1.0 if flow else last[0])
-        return x if to_zero else self.x0(x, *last)
+        return torch.from_numpy(found.y[:, -1].copy()).view_as(y) * (1.0 if flow else last[0])

@@ -84,11 +84,14 @@ def _stock_scheduler(ours: SolverScheduler) -> Any:
         stock = diffusers.DDIMScheduler
     else:
         stock = diffusers.UniPCMultistepScheduler if unipc else diffusers.DPMSolverMultistepScheduler
-    # Two keys on which the stock classes fail (docs/parity.md) are kept where only ours look.
+    # Keys on which the stock classes fail (docs/parity.md) are kept where only ours look.
     options = dict(config["solver_options"] or {})
     if config["use_beta_sigmas"]:
         config["use_beta_sigmas"] = False
         options.setdefault("schedule", "beta")
+    if config["algorithm_type"] in ("dpmsolver", "sde-dpmsolver") and config["final_sigmas_type"] != "sigma_min":
+        config["algorithm_type"] += "++"
+        options.setdefault("prediction", "epsilon")
     if unipc and config["solver_type"] == "bh1":
         config["solver_type"] = "bh2"
         options.setdefault("second", "bh1")

@@ -168,3 +168,74 @@ def test_reference_convergence_end_to_end(bench: Callable[[str], ModuleType], ti
     assert errors["dpmpp_2m logsnr", 20] < errors["dpmpp_2m logsnr", 5] / 10
     # the noise that an end at sigma_min leaves does not go away with more steps
     assert errors["dpmpp_2m logsnr sigma_min", 20] > 1e-4
+
+
+def test_mixture_predicts_x0_as_its_density_says(bench: Callable[[str], ModuleType]) -> None:
+    """Tweedie: x0 = (x + sigma^2 * d/dx log p(x)) / alpha, with the density written out."""
+    generator = torch.Generator().manual_seed(0)
+    mixtures = bench("mixture").Mixtures.drawn(2, (0.6, 0.03), generator)
+    x = torch.randn(2, 3, 64, generator=generator, dtype=torch.float64, requires_grad=True)
+    alpha, sigma = 0.8, 0.6
+    total = alpha**2 * mixtures.variances + sigma**2
+    distance = (x[:, :, None] - alpha * mixtures.means[:, None]).square() / total
+    (score,) = torch.autograd.grad((-distance.sum(-1) / 2).logsumexp(-1).sum(), x)
+    expected = (x + sigma**2 * score).detach() / alpha
+    torch.testing.assert_close(mixtures.x0(x.detach(), alpha, sigma), expected)
+    velocity = (x.detach() - alpha * expected) / sigma - expected
+    torch.testing.assert_close(mixtures.output(x.detach(), alpha, sigma, "flow"), velocity)
+
+
+def test_solvers_analytic_end_to_end(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    command = ["--mixtures", "2", "--noises", "4", "--calls", "10", "160", "--solvers", "ddim", "dpmpp_2m", "heun"]
+    command += ["--schedules", "logsnr", "normal", "ays_svd", "--draws", "20000", "--output", str(tmp_path)]
+    found = bench("solvers_analytic").main(command)
+    rows = {(r.solver, r.schedule, r.final): r.errors for r in found.rows["detailed"]}
+
+    # more calls and more order end nearer to the truth
+    assert rows["ddim", "logsnr", "zero"][160] < rows["ddim", "logsnr", "zero"][10] / 10
+    assert rows["dpmpp_2m", "logsnr", "zero"][160] < 1e-4
+    flow = {(r.solver, r.final): r.errors for r in found.rows["flow"]}
+    assert flow["dpmpp_2m", "zero"][160] < 2e-3
+    # a run to sigma_min keeps its noise, and one that is the run to 0 is not made twice
+    assert rows["dpmpp_2m", "logsnr", "sigma_min"][160] == pytest.approx(found.data["detailed"][2], rel=0.01)
+    assert ("dpmpp_2m", "normal", "zero") in rows
+    assert ("dpmpp_2m", "normal", "sigma_min") not in rows
+    assert set(found.refused) == {"ays_svd"}
+    # an ODE keeps what is wrong with the mean of the start, noise does not; a good SDE solver has the variance
+    assert abs(found.stochastic["er_sde_3", "logsnr"][50][1]) < 0.04
+    assert found.stochastic["ddim", "logsnr"][50][0] < -0.02 < found.stochastic["ddpm", "logsnr"][50][0]
+
+    text = (tmp_path / "solvers_analytic.md").read_text()
+    best = rows["dpmpp_2m", "logsnr", "zero"][160]
+    assert "| 1 | " in text
+    assert f"dpmpp_2m, logsnr {best:.1e} |" in text
+    assert "`ays_svd`: schedule 'ays_svd' goes from" in text
+    assert json.loads((tmp_path / "solvers_analytic.json").read_text())["rows"]["detailed"]
+    assert (tmp_path / "solvers_analytic.png").stat().st_size > 1000
+
+
+def test_step_time_end_to_end(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    module = bench("step_time")
+    text = module.main(["--repetitions", "2", "--only", "DDIM", "Heun", "Euler, flow", "--output", str(tmp_path)])
+    assert (tmp_path / "step_time.md").read_text() == text
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows if row[0]] == ["---", "DDIM", "Heun", "Euler, flow"] * 2
+    ours, theirs = (float(rows[2][i]) for i in (8, 7))
+    assert ours < theirs, "DDIM has fewer operators here"
+
+
+def test_step_time_runs_both_sides_alike(bench: Callable[[str], ModuleType]) -> None:
+    """Every pair makes (almost) the same calls, and where the method is one, the same result."""
+    module = bench("step_time")
+    generator = torch.Generator().manual_seed(0)
+    sample, *outputs = (torch.randn(1, 4, 8, 8, generator=generator) for _ in range(module.STEPS + 1))
+    for name, *pair in module.PAIRS:
+        ends = []
+        for side in module.make(*pair):
+            side.scheduler.set_timesteps(side.steps)
+            made = [(x, step(output, t, x)) for x, t, output, step in module.calls(side.scheduler, sample, outputs)]
+            assert len(side.scheduler.timesteps) == len(made), name
+            assert len(made) in (module.STEPS, module.STEPS - 1), name
+            ends.append(made[-1][0])
+        if name in ("DPM++ 2M", "UniPC 2", "Euler, flow"):
+            torch.testing.assert_close(*ends, rtol=0, atol=0.1)  # theirs rounds its timesteps

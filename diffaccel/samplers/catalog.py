@@ -105,7 +105,7 @@ def scheduler(
     flow = boundary.is_flow(config)
     chosen = parse_schedule(schedule) if schedule is not None else named_schedule
     cls, keys = _class_keys(name, flow)
-    keys |= {"final_sigmas_type": final, "set_alpha_to_one": final == "zero"}
+    keys |= {"final_sigmas_type": final, "set_alpha_to_one": final != "sigma_min"}
     solver_options = keys.pop("solver_options", {})
     kept = (config.get("solver_options") or {}).get("schedule")
     if chosen is None and kept is not None:  # a config of ours
@@ -158,8 +158,9 @@ def _squeeze(name: str) -> str:
 def _class_keys(name: str, flow: bool) -> tuple[type[SolverScheduler], dict[str, Any]]:
     """Class and config keys of solver `name`, in Diffusers' words wherever it has them."""
     rule = SOLVERS[name]
-    if name in ("ddim", "euler"):
-        return (FlowEulerScheduler if flow else DDIMSolverScheduler), {}
+    if name in ("ddim", "euler", "ddpm"):
+        options = {"solver_options": {"eta": 1.0}} if name == "ddpm" else {}
+        return (FlowEulerScheduler if flow else DDIMSolverScheduler), options
     for cls in ONE_SOLVER:
         if cls._solver == name:
             return cls, {}

@@ -31,6 +31,8 @@ class DualFast:
     def __post_init__(self) -> None:
         if not self.strength >= 0:
             raise ValueError(f"dual_fast must be 0 (off) or more, not {self.strength!r}")
+        if self.inner.stochastic and self.inner.memory != "x0":
+            raise ValueError("dual_fast would mix eps of different noise here; use a solver without noise, or on x0")
 
     @property
     def order(self) -> int:

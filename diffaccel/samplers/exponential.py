@@ -11,7 +11,7 @@ import numpy as np
 
 from diffaccel.samplers.row import Row
 from diffaccel.samplers.schedule import FloatArray
-from diffaccel.samplers.solver import Node, first_order, point_weights
+from diffaccel.samplers.solver import PURE_NOISE, Node, first_order, point_weights
 
 SecondOrder = Literal["exact", "midpoint", "bh1"]
 Prediction = Literal["x0", "epsilon"]
@@ -128,6 +128,9 @@ class ExponentialAdams:
         if self.prediction == "x0":
             noise = end.ve_sigma * math.sqrt(-math.expm1(-2 * eta * h))
             return Row(math.exp(-(1 + eta) * h), self.weights(start, end, nodes, eta), noise)
+        if eta and start.ve_sigma > PURE_NOISE:  # eps frozen over such a step keeps its noise: freeze x0 instead
+            kept = math.exp(-(1 + eta) * h)
+            return Row(kept, (), end.ve_sigma * math.sqrt(-math.expm1(-2 * eta * h)), x0=1 - kept)
         noise = end.ve_sigma * math.sqrt(eta * math.expm1(2 * h))
         row = first_order(start.ve_sigma, end.ve_sigma, 1 + eta)
         # Beyond first order only differences of predictions count; the start of the step carries the first of them.

@@ -10,7 +10,7 @@ from typing import Literal
 from diffaccel.samplers.ancestral import ancestral, renoised
 from diffaccel.samplers.exponential import ExponentialAdams, Prediction
 from diffaccel.samplers.row import Row
-from diffaccel.samplers.solver import Node
+from diffaccel.samplers.solver import PURE_NOISE, Node
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ExponentialRungeKutta:
 
     def max_stages(self, start: Node, end: Node) -> int:
         """1 to sigma = 0, and from next to pure noise, where half of the step in log-SNR is still pure noise."""
-        return 1 if math.isinf(end.lam) or start.ve_sigma > 1000 else self.stages
+        return 1 if math.isinf(end.lam) or start.ve_sigma > PURE_NOISE else self.stages
 
     def inner(self, nodes: Sequence[Node], i: int, stages: int) -> list[Node]:
         """Where the calls after the first are made in the step from nodes[i]."""

@@ -207,6 +207,8 @@ def _nodes(
         index = INDEX_SPACINGS[spacing](last, n, offset)
         if clock == "integer":
             index = integer_index(spacing, index, last, n, offset)
+        if schedule.path == "flow" and n > 1 and index[-1] == 0:  # no noise at all: there is nothing to predict
+            index = np.append(index[:-1], min(1.0, index[-2] / 2))
         times = np.interp(index, np.arange(last + 1), schedule.times)
         return schedule.lambda_at(times) - _shift_of(schedule, shift)
     if spacing == "flow":

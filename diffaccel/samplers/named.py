@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
-
 from diffaccel.samplers.config import is_flow
 from diffaccel.samplers.exponential import ExponentialAdams, SecondOrder
 from diffaccel.samplers.exponential_runge_kutta import ExponentialRungeKutta
@@ -91,7 +89,7 @@ class UniPCScheduler(SolverScheduler):
 
 
 class DDIMSolverScheduler(SolverScheduler):
-    """DDIM (arXiv:2010.02502), deterministic unless `solver_options` sets `eta`; for `DDIMScheduler`.
+    """DDIM (arXiv:2010.02502), deterministic unless `solver_options` sets `eta`; for `DDIMScheduler`, `DDPMScheduler`.
 
     `leading` means DDIM's own grid, `set_alpha_to_one=False` ends at the smallest trained sigma and `clip_sample`
     clamps x0, as there. `eta` here is the share of the reverse SDE's noise: 0 and 1 are DDIM's 0 and 1, values between
@@ -99,6 +97,7 @@ class DDIMSolverScheduler(SolverScheduler):
     """
 
     _leading = "ddim_uniform"
+    _clips = True
 
     @classmethod
     def _adopt(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,14 +110,6 @@ class DDIMSolverScheduler(SolverScheduler):
 
     def _final(self) -> Final:
         return super()._final() if self.config["set_alpha_to_one"] else "sigma_min"
-
-    def _filters(self) -> bool:
-        return bool(self.config["clip_sample"]) or super()._filters()
-
-    def _filter(self, x0: Tensor) -> Tensor:
-        if self.config["clip_sample"] and not self.config["thresholding"]:
-            return x0.clamp(-self.config["clip_sample_range"], self.config["clip_sample_range"])
-        return super()._filter(x0)
 
 
 class FlowEulerScheduler(SolverScheduler):
@@ -156,6 +147,7 @@ class HeunScheduler(SolverScheduler):
     """Heun in sigma (arXiv:2206.00364, algorithm 1); for `HeunDiscreteScheduler`, whose N steps are 2N - 1 calls."""
 
     _solver: ClassVar[str | None] = "heun"
+    _clips = True
 
 
 class EDMStochasticScheduler(SolverScheduler):

@@ -15,7 +15,7 @@ import numpy as np
 from diffaccel.samplers.grid import TimeGrid
 from diffaccel.samplers.row import Row, memory_coefficients, rescale
 from diffaccel.samplers.schedule import FloatArray, NoiseSchedule
-from diffaccel.samplers.solver import Multistep, Node, Singlestep
+from diffaccel.samplers.solver import PURE_NOISE, Multistep, Node, Singlestep
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -109,9 +109,11 @@ def _multistep_plan(
             known.insert(0, node)
         step = Step(x0_of(node.lam), _keep(solver, node), TAKE_SAMPLE, again=again)
         starting = start == "singlestep" and len(known) > 1 and (len(known) == 2 or anchor != known[1])
-        if len(known) > 1 and not again and (solver.corrector or starting or ends_here):
-            if not solver.can_correct:
-                raise ValueError("final='corrector' needs a solver that can correct a step; use 'zero' or 'sigma_min'")
+        if ends_here and not solver.can_correct:
+            raise ValueError("final='corrector' needs a solver that can correct a step; use 'zero' or 'sigma_min'")
+        # eps of pure noise says nothing of x0, and a correction would weigh it with sigma / alpha.
+        blind = solver.memory == "epsilon" and anchor.ve_sigma > PURE_NOISE
+        if len(known) > 1 and not again and (solver.corrector or starting or ends_here) and not blind:
             row = solver.correct(node, known[1:], anchor, used)
             step = replace(step, correct=_to_x(row, solver, node, node, anchor))
         # A repeated call holds the anchor: the next correction spans both of the first two intervals.

@@ -59,12 +59,13 @@ def requested_grid(
         elif strength != 1:
             left = grid_from_sigmas(schedule, _below(sigmas, strength, calls), shift=shift, stretch_to=stretch_to)
             grid = preceded(schedule, left, len(grid.timesteps) - calls)
-        if is_singlestep(solver) and schedule.path == "flow":
-            grid = _staged_within(schedule, solver, grid, len(grid.timesteps) - calls)
     else:
         assert timesteps is not None
         grid = grid_from_timesteps(schedule, timesteps, final)
-    if is_singlestep(solver) and schedule.path != "flow":
+        calls = len(grid.timesteps)
+    if is_singlestep(solver) and schedule.path == "flow":
+        grid = _staged_within(schedule, solver, grid, len(grid.timesteps) - calls)
+    elif is_singlestep(solver):
         grid = with_stages(schedule, solver, grid)
     if n is not None and n != len(grid.timesteps):
         raise ValueError(f"num_inference_steps is {n}, but {len(grid.timesteps)} sigmas or timesteps were given")
@@ -131,7 +132,8 @@ def _respaced(
 def _staged_within(schedule: NoiseSchedule, solver: Singlestep, grid: TimeGrid, skipped: int) -> TimeGrid:
     """As many calls of a singlestep solver as `grid` has, over the same levels: pipelines pass a level a call.
 
-    Its steps are the levels of `grid` after the first `skipped`, read off at fewer points of their index.
+    Its steps are the levels of `grid` after the first `skipped`, read off at fewer points of their index; the network
+    is told their exact times.
     """
     sigmas = schedule.sigma_at(grid.lambdas[skipped:])
     n = len(sigmas) - 1
@@ -165,6 +167,8 @@ def _spaced_grid(
 ) -> TimeGrid:
     if not isinstance(n, (int, np.integer)) or isinstance(n, bool):
         raise ValueError(f"pass num_inference_steps (a whole number), timesteps or sigmas; got {n!r}")
+    if n > schedule.count:
+        raise ValueError(f"steps must be between 1 and the {schedule.count} training timesteps, not {n}")
     options = config["solver_options"] or {}
     strength = options.get("strength", 1.0)
     calls = int(n) if strength == 1 else strength_calls(schedule.path, int(n), strength)
@@ -184,7 +188,7 @@ def _spaced_grid(
         stretch_to=config["shift_terminal"],
         sigma_range=(config["sigma_min"], config["sigma_max"] if strength == 1 else None),
     )
-    grid = staged_grid(schedule, solver, calls, steps_of) if is_singlestep(solver) else steps_of(calls - twice)
+    grid = staged_grid(schedule, solver, calls, steps_of, clock) if is_singlestep(solver) else steps_of(calls - twice)
     if calls < n:
         return preceded(schedule, grid, int(n) - calls, clock)
     return grid.with_second_call() if twice else grid

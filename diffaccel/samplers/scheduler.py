@@ -65,6 +65,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
     order = 1  # network calls per entry of `timesteps`
     _leading = "leading"  # the grid that timestep_spacing="leading" means for the Diffusers class this one replaces
     _solver: ClassVar[str | None] = None  # name in `SOLVERS`, for classes of one solver
+    _clips = False  # whether `clip_sample` counts, as it does for the Diffusers class this one replaces
     _always_flow = False  # whether the class is for flow models only
 
     @register_to_config
@@ -450,13 +451,14 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
 
     def _filters(self) -> bool:
         """Whether x0 is changed before it counts."""
-        return bool(self.config["thresholding"])
+        return bool(self.config["thresholding"] or (self._clips and self.config["clip_sample"]))
 
     def _filter(self, x0: Tensor) -> Tensor:
         """What becomes of x0 before it enters the history."""
         c = self.config
         if not c["thresholding"]:
-            return x0
+            limit = c["clip_sample_range"]
+            return x0.clamp(-limit, limit) if self._filters() else x0
         return dynamic_threshold(x0, c["dynamic_thresholding_ratio"], c["sample_max_value"])
 
     # ---- noising (image-to-image, inpainting, training) -------------------------------------------------------------

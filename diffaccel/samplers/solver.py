@@ -25,6 +25,7 @@ from diffaccel.samplers.row import Row
 from diffaccel.samplers.schedule import FloatArray, NoiseSchedule
 
 Memory = Literal["x0", "epsilon", "slope"]
+PURE_NOISE = 1000.0  # sigma / alpha above which next to nothing of x0 is in the sample: flow and zero-SNR starts
 ALWAYS = 10**9  # a `lower_final` that every run is shorter than
 
 

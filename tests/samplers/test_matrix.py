@@ -1,6 +1,6 @@
 """Every solver on every schedule with every kind of network: one matrix, covered by a fixed choice of runs.
 
-The whole product (56 solvers x 20 schedules x 9 kinds of network x 7 numbers of calls, less what is refused) is some
+The whole product (55 solvers x 21 schedules x 9 kinds of network x 7 numbers of calls, less what is refused) is some
 60,000 runs. Here each solver makes 63 of them, every network with every number of calls, and a few more. The schedule
 goes round from one of these to the next and from solver to solver, so that all solvers together run every schedule with
 every network and number of calls, and each solver runs every schedule: `test_the_choice_covers` looks. Nothing is drawn
@@ -68,7 +68,7 @@ def test_every_run_is_exact_where_there_is_one_picture(solver: str) -> None:
     """N calls, finite, the same again for the same seed, and at the end the one picture that the network knows.
 
     In float64, where without noise every sample on the way is that picture with the noise of its level, so that each
-    row counts; in float32 as far as its rounding allows, see `rounding`.
+    row counts; in float32 as far as its rounding allows, see `enlarged`.
     """
     for run in choice(solver):
         network, schedule, n = run
@@ -84,14 +84,14 @@ def test_every_run_is_exact_where_there_is_one_picture(solver: str) -> None:
         assert torch.equal(single, again), run
         assert scheduler.sigmas[-1] == 0, run
         assert relative(double[-1], X0) < 1e-5, run
-        assert relative(single[-1], X0) < 1e-5 + rounding(scheduler, network), run
+        assert relative(single[-1], X0) < 1e-4 * enlarged(scheduler, network), run
         if not scheduler.solver.stochastic:
             for i in range(n):
                 assert relative(double[i], at_level(scheduler, i)) < 1e-5, (run, i)
 
 
-def rounding(scheduler: SolverScheduler, network: str) -> float:
-    """What float32 may do to the picture at the end: some eps, times how much the rows and the network enlarge it.
+def enlarged(scheduler: SolverScheduler, network: str) -> float:
+    """How much rows and network enlarge what float32 rounds off, 1 for most runs.
 
     Weights are of order 1, but for extrapolations far beyond the nodes (the second half of linear_quadratic: 1e5) and
     for SDE-DPM-Solver, which keeps the noise of its start. The x0 of an epsilon network has the rounding of its output
@@ -99,7 +99,7 @@ def rounding(scheduler: SolverScheduler, network: str) -> float:
     """
     weights = np.abs(scheduler._rows[:, scheduler._layout.correct.start : scheduler._layout.noise]).sum(1).max()
     alpha, sigma = level(scheduler, 0)
-    return 4e-7 * max(1.0, weights) * (sigma / alpha if network == "cosine" else 1.0)
+    return max(1.0, weights) * (sigma / alpha / 500 if network == "cosine" else 1.0)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
