@@ -94,7 +94,7 @@ class NoiseSchedule:
         if self.path == "ve":
             return 1.0, math.exp(-lam)
         k = 2 if self.path == "vp" else 1  # alpha^k + sigma^k = 1
-        return math.exp(-float(np.logaddexp(0, -k * lam)) / k), math.exp(-float(np.logaddexp(0, k * lam)) / k)
+        return math.exp(-_softplus(-k * lam) / k), math.exp(-_softplus(k * lam) / k)
 
     def lambda_at(self, times: ArrayLike) -> FloatArray:
         """Half log-SNR where the network is told `times`; piecewise linear between training timesteps."""
@@ -119,6 +119,11 @@ class NoiseSchedule:
         """Return the inverse of `sigma_at`; `sigmas` must be > 0, and at most 1 on flow paths."""
         sigmas = np.asarray(sigmas, dtype=np.float64)
         return _flow_lambda(sigmas) if self.path == "flow" else -np.log(sigmas)
+
+
+def _softplus(x: float) -> float:
+    """Return log(1 + e^x); x may be infinite."""
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
 def _flow_lambda(sigma: FloatArray) -> FloatArray:

@@ -294,8 +294,12 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
                     f"the scheduler was made for strength={strength:g}, and the pipeline skips {begin_index} of {n} "
                     "steps; give both the same strength"
                 )
+            unused = not self._started and begin_index == self._first
             self._reset()
-            self._prepare(begin_index)
+            if unused:
+                self._cursor = begin_index + CURSOR_START
+            else:
+                self._prepare(begin_index)
         self._begin_index = begin_index
 
     def index_for_timestep(self, timestep: float | Tensor) -> int:

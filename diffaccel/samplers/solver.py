@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol
 
 import numpy as np
@@ -51,7 +52,7 @@ class Node:
         """What the network is told; at sigma = 0 the time of the least trained noise."""
         return float(self.schedule.time_at(self.lam))
 
-    @property
+    @cached_property
     def alpha(self) -> float:
         """Share of x0 in x."""
         return self.schedule.alpha_sigma(self.lam)[0]
@@ -166,6 +167,11 @@ def differences(moments: FloatArray, offsets: Sequence[float]) -> tuple[float, .
 
 def point_weights(moments: FloatArray, offsets: Sequence[float]) -> tuple[float, ...]:
     """Weights w with sum_j w_j offset_j^k = moments[k] for every k < n = len(offsets) = len(moments)."""
+    if len(offsets) == 1:
+        return (float(moments[0]),)
+    if len(offsets) == 2:
+        second = float(moments[1] - offsets[0] * moments[0]) / (offsets[1] - offsets[0])
+        return float(moments[0]) - second, second
     scale = max(abs(v) for v in offsets) or 1.0
     vandermonde = np.vander(np.asarray(offsets) / scale, increasing=True).T
     return tuple(np.linalg.solve(vandermonde, moments / scale ** np.arange(len(offsets))).tolist())
