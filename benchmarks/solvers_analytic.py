@@ -26,6 +26,7 @@ from diffaccel.samplers.scheduler import SolverScheduler
 from diffaccel.samplers.solvers import SOLVERS
 
 HERE = Path(__file__).parent
+FLOW_SCHEDULES = ("flow", "trailing", "beta57", "quadratic")
 CALLS, SDE_CALLS = (4, 5, 6, 8, 10, 20, 40), (5, 10, 20, 50)
 SAME = ("euler", "deis_rho2heun")  # other names of ddim and heun
 ODE = tuple(n for n, rule in SOLVERS.items() if not rule.stochastic and n not in SAME)
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> Found:
         found.rows[kind] = list(ranking(args, VP, args.schedules, mixtures, noise, truth, found.refused))
         if "flow" not in found.rows:
             truth = mixtures.solution(noise, diffaccel.scheduler("ddim", FLOW).schedule)
-            found.rows["flow"] = list(ranking(args, FLOW, ["flow"], mixtures, noise, truth, found.refused))
+            found.rows["flow"] = list(ranking(args, FLOW, FLOW_SCHEDULES, mixtures, noise, truth, found.refused))
     if args.draws:
         for name, schedule in itertools.product(("ddim", *SDE), SDE_SCHEDULES):
             found.stochastic[name, schedule] = {n: gaussian(name, schedule, n, args.draws) for n in SDE_CALLS}

@@ -164,11 +164,12 @@ def _class_keys(name: str, flow: bool) -> tuple[type[SolverScheduler], dict[str,
     for cls in ONE_SOLVER:
         if cls._solver == name:
             return cls, {}
-    if name in ("unipc_1", "unipc_1_bh1", "unipc", "unipc_3", "unipc_3_bh1") and isinstance(rule, ExponentialAdams):
+    if name.startswith("unipc") and name != "unipc_vary" and isinstance(rule, ExponentialAdams):
         kind = "bh1" if rule.second == "bh1" else "bh2"
-        return UniPCScheduler, {"solver_order": rule.order, "solver_type": kind, "lower_order_final": True}
+        keys: dict[str, Any] = {"solver_order": rule.order, "solver_type": kind, "lower_order_final": True}
+        return UniPCScheduler, keys | ({"solver_options": {"prediction": "epsilon"}} if rule.memory != "x0" else {})
     if name.startswith("dpm") and isinstance(rule, ExponentialAdams):
-        keys: dict[str, Any] = {"solver_order": rule.order, "solver_type": "midpoint", "lower_order_final": True}
+        keys = {"solver_order": rule.order, "solver_type": "midpoint", "lower_order_final": True}
         keys["algorithm_type"] = ("sde-" if rule.eta else "") + ("dpmsolver++" if rule.memory == "x0" else "dpmsolver")
         if rule.order == 3:  # the class takes the shipped form by default
             keys["solver_options"] = {"halve_curvature": rule.halve_curvature}

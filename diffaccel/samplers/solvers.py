@@ -48,6 +48,7 @@ _CATALOGUE: tuple[tuple[str, Multistep | Singlestep, str], ...] = (
     # UniPC
     ("unipc_1", replace(_unipc, order=1), UNIPC),
     ("unipc_1_bh1", replace(_unipc, order=1, second="bh1"), UNIPC),
+    ("unipc_1_bh1_eps", replace(_unipc, order=1, second="bh1", prediction="epsilon"), UNIPC),
     ("unipc", _unipc, UNIPC),
     ("unipc_3", replace(_unipc, order=3), UNIPC),
     ("unipc_3_bh1", replace(_unipc, order=3, second="bh1"), UNIPC),
