@@ -66,6 +66,7 @@ _CATALOGUE: tuple[tuple[str, Multistep | Singlestep, str], ...] = (
     ("deis_rho3kutta", RungeKutta("kutta3"), DEIS),
     ("deis_rho3heun", RungeKutta("heun3"), DEIS),
     ("deis_rho4rk", RungeKutta("rk4"), DEIS),
+    ("ipndm_2", AdamsBashforth(2, uniform=True), DEIS),
     ("ipndm", AdamsBashforth(4, uniform=True), DEIS),
     # RES, SEEDS, SA, ER-SDE
     ("res_2m", ExponentialAdams(order=2), RES),

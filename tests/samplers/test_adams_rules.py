@@ -227,6 +227,16 @@ def test_dual_fast_around_ddim_on_noise_is_gradient_estimation(strength, seed, p
     assert ours == pytest.approx(theirs, rel=1e-12)
 
 
+@SEEDS
+def test_ipndm_of_order_2_is_gradient_estimation_with_gamma_3_half(seed):
+    older, start, end = random_nodes("vp", 3, seed)
+    y, eps, eps_older = np.random.default_rng(seed).normal(size=3)
+    x0 = y - start.ve_sigma * eps
+    rows = [rule.predict(end, [start, older], 2) for rule in (SOLVERS["ipndm_2"], GradientEstimation(1.5))]
+    ours, theirs = (apply(row, y, [eps, eps_older], x0) for row in rows)
+    assert ours == pytest.approx(theirs, rel=1e-12)
+
+
 @PATHS
 @pytest.mark.parametrize("name", MIXABLE)
 def test_dual_fast_mixes_an_older_prediction_into_the_first_order_term_alone(name, path):
