@@ -12,7 +12,7 @@ from diffaccel.samplers.solver import Memory, Node
 
 @dataclass(frozen=True)
 class AcceleratedDDPM:
-    """Accelerated stochastic sampler of Li et al. (arXiv:2403.03852, eq. 12); its ODE partner is `accelerated_ddim`.
+    """Accelerated stochastic sampler of Li et al. (arXiv:2403.03852); its ODE partner is `accelerated_ddim`.
 
     y = x_t + sqrt((1 - a) / 2) z, x_{t-1} = (y + (1 - a) s(y)) / sqrt(a) + sqrt((1 - a) / 2) z+, where a is the
     ratio of neighbouring alpha-bars. A scheduler cannot touch the sample before the network sees it: the
@@ -59,16 +59,12 @@ class AcceleratedDDPM:
         if math.isinf(nodes[i + 1].lam):
             return [Row(0.0, (1.0,))]
         lost = 1 - _ratio(nodes[i], nodes[i + 1])
-        share = lost / (1 - _alpha_bar(nodes[i]))
+        share = lost / (1 - nodes[i].alpha_bar)
         next_lost = 1 - _ratio(nodes[i + 1], nodes[i + 2]) if i + 2 < len(nodes) else 0.0
-        noise = math.sqrt((lost + next_lost) / 2 / _alpha_bar(nodes[i + 1]))
+        noise = math.sqrt((lost + next_lost) / 2 / nodes[i + 1].alpha_bar)
         return [Row(1 - share, (share,), noise)]
-
-
-def _alpha_bar(node: Node) -> float:
-    return 1 / (1 + node.ve_sigma**2)
 
 
 def _ratio(node: Node, after: Node) -> float:
     """alpha_t of the step."""
-    return _alpha_bar(node) / _alpha_bar(after)
+    return node.alpha_bar / after.alpha_bar

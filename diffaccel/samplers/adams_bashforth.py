@@ -11,7 +11,7 @@ import numpy as np
 
 from diffaccel.samplers.row import Row
 from diffaccel.samplers.schedule import FloatArray
-from diffaccel.samplers.solver import Memory, Node, differences, first_order, point_weights
+from diffaccel.samplers.solver import Memory, Node, correction, differences, first_order, point_weights
 
 Variable = Literal["sigma", "time", "alpha_bar"]
 UNIFORM = {  # weights on evenly spaced nodes, newest first, in units of the step
@@ -28,19 +28,20 @@ class AdamsBashforth:
 
     The polynomial is in one of three variables:
 
-    - `sigma`, Diffusers' sigma: rho-AB of DEIS (arXiv:2204.13902, section 3.3), k-diffusion's LMS, and iPNDM with
+    - `sigma`, Diffusers' sigma: rho-AB of DEIS (arXiv:2204.13902), k-diffusion's LMS, and iPNDM with
       variable steps. The closed forms in circulation for the last (`ipndm_v` of ComfyUI and diff-sampler) are wrong
       from order 3 on; these weights are the exact integrals on any grid.
-    - `time`, the network's clock: t-AB of DEIS (eq. 15), the paper's own; order k + 1 is its tAB-k. The integrals are
+    - `time`, the network's clock: t-AB of DEIS, the paper's own; order k + 1 is its tAB-k. On flow paths
+      it is rho-AB, for EDM and SVD a polynomial in log sigma: their clocks. The integrals are
       by Gauss-Legendre quadrature, not by its 10,000-point left Riemann sum.
-    - `alpha_bar`: eps linear in alpha^2 / (alpha^2 + sigma^2) is accelerated DDIM (arXiv:2403.03852, eq. 9).
+    - `alpha_bar`: eps linear in alpha^2 / (alpha^2 + sigma^2) is accelerated DDIM (arXiv:2403.03852).
 
     All go to sigma = 0 on every grid, where Diffusers' DEIS stops at the smallest trained noise.
 
     Attributes:
         order: predictions used, 1 to 4; order 1 is DDIM.
         variable: what the polynomial is in.
-        uniform: weights of evenly spaced nodes whatever the spacing, as iPNDM has them (arXiv:2204.13902, section H).
+        uniform: weights of evenly spaced nodes whatever the spacing, as iPNDM has them (arXiv:2204.13902).
             Of second order only on other grids, and on pictures often the better one.
     """
 
@@ -92,8 +93,7 @@ class AdamsBashforth:
     def correct(self, node: Node, nodes: Sequence[Node], start: Node, order: int) -> Row:
         """Adams-Moulton through node, nodes[0], ... less the predictor's weights: what the step still lacks."""
         redone = point_weights(*self._problem(start, node, [node, *nodes[:order]]))
-        made = point_weights(*self._problem(start, node, nodes[:order]))
-        return Row(1.0, (redone[0], *(new - old for new, old in zip(redone[1:], made, strict=True))))
+        return correction(redone, point_weights(*self._problem(start, node, nodes[:order])))
 
     def _problem(self, start: Node, end: Node, nodes: Sequence[Node]) -> tuple[FloatArray, list[float]]:
         """Moments of the step and offsets of its nodes, in the variable of the polynomial."""
@@ -108,31 +108,24 @@ def _sigma_moments(start: Node, end: Node, n: int) -> FloatArray:
     return np.array([h ** (k + 1) / (k + 1) for k in range(n)])
 
 
-def _alpha_bar(node: Node) -> float:
-    return 1 / (1 + node.ve_sigma**2)
-
-
 def _alpha_bar_moments(start: Node, end: Node, n: int) -> FloatArray:
     """Return int (alpha_bar - alpha_bar_0)^k ds over s = sigma / alpha; alpha_bar = cos^2(arctan s)."""
     theta, weights = _gauss(math.atan(start.ve_sigma), math.atan(end.ve_sigma))
-    v = np.cos(theta) ** 2 - _alpha_bar(start)
+    v = np.cos(theta) ** 2 - start.alpha_bar
     return np.array([(weights * v**k / np.cos(theta) ** 2).sum() for k in range(n)])
 
 
 def _time_moments(start: Node, end: Node, n: int) -> FloatArray:
     """Return int (t - t_0)^k ds; below the trained noise t stays what it is there."""
+    if start.schedule.path == "flow":  # the clock is T * sigma
+        return _sigma_moments(start, end, n) * start.schedule.times[-1] ** np.arange(n)
     last = min(end.lam, float(start.schedule.lambda_at(start.schedule.times[0])))
     sigma_at, time_at = start.schedule.sigma_at, start.schedule.time_at
-    if start.schedule.path == "flow":  # the clock is sigma itself
-        s, weights = _gauss(start.sigma, end.sigma)
-        v, rest = s * start.schedule.times[-1] - start.time, np.zeros(n)
-    else:
-        lam, weights = _gauss(start.lam, last)
-        weights = -weights * sigma_at(lam)  # ds = -s dlambda
-        v = time_at(lam) - start.time
-        below = end.sigma - float(sigma_at(last))
-        rest = np.array([below * float(time_at(last) - start.time) ** k for k in range(n)])
-    return np.array([(weights * v**k).sum() for k in range(n)]) + rest
+    lam, weights = _gauss(start.lam, last)
+    weights = -weights * sigma_at(lam)  # ds = -s dlambda
+    v = time_at(lam) - start.time
+    below, least = end.sigma - float(sigma_at(last)), float(time_at(last)) - start.time
+    return np.array([(weights * v**k).sum() + below * least**k for k in range(n)])
 
 
 def _gauss(a: float, b: float, panels: int = 8) -> tuple[FloatArray, FloatArray]:
@@ -146,5 +139,5 @@ def _gauss(a: float, b: float, panels: int = 8) -> tuple[FloatArray, FloatArray]
 MOMENTS: dict[str, tuple[Callable[[Node], float], Callable[[Node, Node, int], FloatArray]]] = {
     "sigma": (lambda node: node.sigma, _sigma_moments),
     "time": (lambda node: node.time, _time_moments),
-    "alpha_bar": (_alpha_bar, _alpha_bar_moments),
+    "alpha_bar": (lambda node: node.alpha_bar, _alpha_bar_moments),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -34,7 +35,17 @@ SOLVER_ALIASES = {
     "uni pc": "unipc_3_bh1",
     "uni pc bh2": "unipc_3",
     "unipc 2": "unipc",
+    "dpm++ 2s": "dpmpp_2s",
     "dpm++ 2s a": "dpmpp_2s_ancestral",
+    "dpm++ 2s ancestral": "dpmpp_2s_ancestral",
+    "dpmpp 2s a": "dpmpp_2s_ancestral",
+    "kdpm2": "dpm_2s",
+    "k euler": "euler",
+    "k euler a": "euler_ancestral",
+    "k heun": "heun",
+    "k lms": "deis_rhoab3",
+    "unipc bh1": "unipc_3_bh1",
+    "unipc bh2": "unipc_3",
     "dpm++ sde": "seeds_2",  # the same rule, with the exact noise of a Brownian path
     "dpmpp sde": "seeds_2",
     "dpmpp sde gpu": "seeds_2",
@@ -65,6 +76,10 @@ SCHEDULE_ALIASES = {
     "align your steps sdxl": "ays_sdxl",
     "align your steps svd": "ays_svd",
     "gits": "gits_sd15",
+    "align your steps gits": "gits_sd15",
+    "polyexponential": "exponential",  # A1111's default of it
+    "lu lambdas": "logsnr",
+    "beta 57": "beta57",
 }
 
 
@@ -84,7 +99,9 @@ def scheduler(
     `pipe.scheduler = diffaccel.scheduler("dpmpp_2m", pipe, schedule="logsnr")`
 
     Args:
-        solver: a name from `diffaccel list`, or the A1111 or ComfyUI one ("DPM++ 2M Karras" names its schedule too).
+        solver: a name from `diffaccel list`, or the A1111 or ComfyUI one ("DPM++ 2M Karras" names its schedule too). A
+            name of the list always means what the list says: `dpmpp_3m_sde` is third order, "DPM++ 3M SDE" and
+            ComfyUI's `dpmpp_3m_sde_gpu` the shipped form; `unipc` is of order 2, "uni_pc" ComfyUI's, order 3 with bh1.
         pipe_or_config: a pipeline, or its `pipe.scheduler.config`.
         schedule: a name from `diffaccel list`; None keeps what the config asks for.
         timesteps: `float` tells the network exact times, `integer` rounds them as Diffusers does.
@@ -101,9 +118,14 @@ def scheduler(
     name, named_schedule = parse_solver(solver)
     config = getattr(getattr(pipe_or_config, "scheduler", None), "config", pipe_or_config)
     if not isinstance(config, Mapping):
-        raise TypeError(f"expected a pipeline or its scheduler's config, not {type(pipe_or_config).__name__}")
+        hint = "; pass its .config" if hasattr(config, "config") else ""
+        raise TypeError(f"expected a pipeline or its scheduler's config, not {type(pipe_or_config).__name__}{hint}")
     flow = boundary.is_flow(config)
     chosen = parse_schedule(schedule) if schedule is not None else named_schedule
+    if named_schedule is not None and chosen != named_schedule:
+        raise ValueError(f"{solver!r} names schedule {named_schedule!r}, and schedule= another one, {schedule!r}")
+    if "solver_options" in options:
+        raise ValueError("pass the solver's options by themselves, such as eta=0.5, not as solver_options=")
     cls, keys = _class_keys(name, flow)
     keys |= {"final_sigmas_type": final, "set_alpha_to_one": final != "sigma_min"}
     solver_options = keys.pop("solver_options", {})
@@ -114,8 +136,11 @@ def scheduler(
         spacing = boundary.spacing_config(chosen, flow)
         solver_options |= spacing.pop("solver_options", {})
         keys |= spacing
-    solver_options |= {k: v for k, v in (("timesteps", timesteps), ("start", start)) if v not in ("float", "euler")}
-    if strength != 1:
+    if timesteps != "float":
+        solver_options["timesteps"] = timesteps
+    if start != "euler":
+        solver_options["start"] = start
+    if strength != 1 or isinstance(strength, bool):
         solver_options["strength"] = strength
     accepted = cls._get_init_keys(cls)
     solver_options |= {k: v for k, v in options.items() if k not in accepted}
@@ -134,14 +159,16 @@ def parse_solver(name: str) -> tuple[str, str | None]:
         if head in known and tail in _schedule_names():
             return known[head], _schedule_names()[tail]
     raise ValueError(
-        f"unknown solver {name!r}; use {', '.join(SOLVERS)}, or an A1111 or ComfyUI name such as 'DPM++ 2M Karras'"
+        f"unknown solver {name!r}; {_guess(squeezed, known)}use {', '.join(SOLVERS)}, or an A1111 or ComfyUI name such "
+        "as 'DPM++ 2M Karras'"
     )
 
 
 def parse_schedule(name: str) -> str:
     """Schedule name of ours for `name`; raises `ValueError` if unknown."""
     if _squeeze(name) not in _schedule_names():
-        raise ValueError(f"unknown schedule {name!r}; use {', '.join(SCHEDULES)}")
+        guess = _guess(_squeeze(name), _schedule_names())
+        raise ValueError(f"unknown schedule {name!r}; {guess}use {', '.join(SCHEDULES)}")
     return _schedule_names()[_squeeze(name)]
 
 
@@ -149,10 +176,17 @@ def _schedule_names() -> dict[str, str]:
     return {_squeeze(n): n for n in SCHEDULES} | SCHEDULE_ALIASES
 
 
+def _guess(squeezed: str, known: Mapping[str, str]) -> str:
+    if squeezed in ("ays", "align your steps"):
+        return "say which network's: ays_sd15, ays_sdxl, ays_svd or ays_deepfloyd; "
+    close = difflib.get_close_matches(squeezed, known, n=1)
+    return f"did you mean {known[close[0]]}? " if close else ""
+
+
 def _squeeze(name: str) -> str:
     if not isinstance(name, str):
         raise TypeError(f"unknown name {name!r}; solvers and schedules are strings such as 'dpmpp_2m' and 'karras'")
-    return re.sub(r"[\s_-]+", " ", name.strip().lower())
+    return re.sub(r"[\s_-]+", " ", re.sub(r"\+\+(?=\w)", "++ ", name.strip().lower()))
 
 
 def _class_keys(name: str, flow: bool) -> tuple[type[SolverScheduler], dict[str, Any]]:

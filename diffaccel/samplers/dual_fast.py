@@ -76,7 +76,7 @@ class DualFast:
             return row
         first = self.inner.predict(end, nodes, 1)
         weight = first.m[0] if self.memory == "x0" else -first.x0 * nodes[0].frame_sigma(self.memory)
-        extra = self.strength / (1 + nodes[0].ve_sigma ** 2) * weight
+        extra = self.strength * nodes[0].alpha_bar * weight
         m = [*row.m, *[0.0] * (2 - len(row.m))]
         m[0] += extra
         m[1] -= extra

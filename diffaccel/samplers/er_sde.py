@@ -10,16 +10,16 @@ import numpy as np
 
 from diffaccel.samplers.row import Row
 from diffaccel.samplers.schedule import FloatArray
-from diffaccel.samplers.solver import Memory, Node, point_weights
+from diffaccel.samplers.solver import Memory, Node, correction, point_weights
 
-# phi(x) of sigma / alpha, by the paper's names (arXiv:2309.06169, section 4.2). Valid where phi(x) / x does not fall.
+# phi(x) of sigma / alpha, by the names of the authors' code. A phi is valid where phi(x) / x does not fall.
 NOISE_SCALES: dict[str, Callable[[FloatArray], FloatArray]] = {
     "ode": lambda x: x,
     "sde": lambda x: x**2,
     "sde_1": lambda x: x * (np.exp(-1 / x) + 10),
     "sde_2": lambda x: x**1.5,
     "sde_3": lambda x: x**2.5,
-    "sde_4": lambda x: x**0.9 * np.log10(1 + 100 * x**1.5),
+    "sde_4": lambda x: x * (y := np.minimum(x, 1022.0)) ** -0.1 * np.log10(1 + 100 * y**1.5),  # falls beyond
     "sde_5": lambda x: x * (np.exp(np.minimum(x**0.3, 600)) + 10),  # at pure noise exp would overflow, and 1 / phi is 0
 }
 
@@ -69,7 +69,7 @@ class ERSDE:
         return True
 
     def predict(self, end: Node, nodes: Sequence[Node], order: int) -> Row:
-        """Row from nodes[0] to `end` (eq. 19 to 21)."""
+        """Row from nodes[0] to `end`."""
         if math.isinf(end.lam):
             return Row(0.0, (1.0,))
         a, b = end.ve_sigma, nodes[0].ve_sigma
@@ -81,8 +81,7 @@ class ERSDE:
     def correct(self, node: Node, nodes: Sequence[Node], start: Node, order: int) -> Row:
         """What the step lacks of the polynomial through the prediction at its end; it keeps its noise."""
         redone = self._weights(start, node, [node, *nodes[:order]])
-        made = self._weights(start, node, nodes[:order])
-        return Row(1.0, (redone[0], *(new - old for new, old in zip(redone[1:], made, strict=True))))
+        return correction(redone, self._weights(start, node, nodes[:order]))
 
     def _ratio(self, a: float, b: float) -> float:
         phi = NOISE_SCALES[self.noise_scale]

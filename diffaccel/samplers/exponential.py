@@ -11,7 +11,7 @@ import numpy as np
 
 from diffaccel.samplers.row import Row
 from diffaccel.samplers.schedule import FloatArray
-from diffaccel.samplers.solver import PURE_NOISE, Node, first_order, point_weights
+from diffaccel.samplers.solver import PURE_NOISE, Node, correction, first_order, point_weights
 
 SecondOrder = Literal["exact", "midpoint", "bh1"]
 Prediction = Literal["x0", "epsilon"]
@@ -58,7 +58,7 @@ class ExponentialAdams:
         second: weight of the first difference in two-point rows. `exact` integrates it; `midpoint` is DPM-Solver++'s
             "midpoint" and UniPC's B2(h) = e^h - 1, `bh1` UniPC's B1(h) = h. All three are second order.
         halve_curvature: weight the second difference by half of what third order asks for, as DPM-Solver++(3M) is
-            printed and shipped (Diffusers, k-diffusion, the authors' code). That method is of second order.
+            shipped (Diffusers, k-diffusion, the authors' code). That method is of second order.
         prediction: what is interpolated: `x0` (DPM-Solver++) or `epsilon` (DPM-Solver, arXiv:2206.00927).
         lower_final: see `Multistep`.
     """
@@ -72,7 +72,7 @@ class ExponentialAdams:
     lower_final: int = 15
 
     def __post_init__(self) -> None:
-        if not 1 <= self.order <= 4:
+        if self.order not in (1, 2, 3, 4) or not isinstance(self.order, int):
             raise ValueError(f"order must be 1, 2, 3 or 4, not {self.order!r}")
         if not self.eta >= 0:
             raise ValueError(f"eta must be 0 (the ODE) or more, not {self.eta!r}")
@@ -117,8 +117,7 @@ class ExponentialAdams:
         redone = self.weights(start, node, [node, *nodes[:order]], eta)
         if self.prediction == "x0" and not eta:
             return Row(0.0, redone, anchor=math.exp(start.lam - node.lam))
-        made = self.weights(start, node, nodes[:order], eta)
-        return Row(1.0, (redone[0], *(new - old for new, old in zip(redone[1:], made, strict=True))))
+        return correction(redone, self.weights(start, node, nodes[:order], eta))
 
     def interval(self, start: Node, end: Node, nodes: Sequence[Node], eta: float) -> Row:
         """Row from `start` to `end` by the polynomial through the predictions at `nodes`, newest first."""
@@ -151,5 +150,5 @@ class ExponentialAdams:
         else:
             moments = exp_moments(h, rate, len(nodes))
         if self.halve_curvature and len(nodes) == 3:
-            moments[2] /= 2  # printed: M_0 m0 + M_1 a1 + (M_2 / 2) a2 for the parabola m0 + a1 u + a2 u^2
+            moments[2] /= 2  # as shipped: M_0 m0 + M_1 a1 + (M_2 / 2) a2 for the parabola m0 + a1 u + a2 u^2
         return tuple(unit * w for w in point_weights(moments, offsets))

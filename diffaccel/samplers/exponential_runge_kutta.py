@@ -39,7 +39,9 @@ class ExponentialRungeKutta:
         if self.stages not in (2, 3):
             raise ValueError(f"stages must be 2 or 3, not {self.stages!r}")
         if not self.eta >= 0 or not self.ancestral >= 0 or (self.eta and self.ancestral):
-            raise ValueError("eta and ancestral must be 0 or more, and only one of them above 0")
+            raise ValueError(
+                "eta and ancestral must be 0 or more, and only one of them above 0; k-diffusion's eta is ancestral here"
+            )
 
     @property
     def order(self) -> int:

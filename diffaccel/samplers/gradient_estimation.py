@@ -27,16 +27,12 @@ class GradientEstimation:
 
     gamma: float = 2.0
     mu: float = 0.0
-    corrector: bool = False
-    lower_final: int = 0
 
     def __post_init__(self) -> None:
         if not self.gamma >= 1:
             raise ValueError(f"gamma must be 1 (DDIM) or more, not {self.gamma!r}")
         if not 0 <= self.mu < 1:
             raise ValueError(f"mu must lie between 0 (no noise) and 1, 1 excluded, not {self.mu!r}")
-        if self.corrector:
-            raise ValueError("gradient estimation has no corrector; leave corrector out")
 
     @property
     def order(self) -> int:
@@ -59,9 +55,19 @@ class GradientEstimation:
         return "epsilon"
 
     @property
+    def corrector(self) -> bool:
+        """Never."""
+        return False
+
+    @property
     def can_correct(self) -> bool:
         """No rule is known."""
         return False
+
+    @property
+    def lower_final(self) -> int:
+        """Never: the order is 1."""
+        return 0
 
     def predict(self, end: Node, nodes: Sequence[Node], order: int) -> Row:
         """Row from nodes[0] to `end`; at sigma = 0 the average does not count: the run ends on the x0 prediction."""

@@ -99,7 +99,8 @@ def time_grid(
     if end <= lam[-1] + 1e-9:
         end = math.inf  # the last call is made at sigma_min already: spend it on the step to zero
     if len(lam) > 1 and np.diff(lam).min() <= 0:
-        raise ValueError(f"{n} steps of {spacing!r} repeat a noise level on the integer clock; use timesteps='float'")
+        hint = " on the integer clock; use timesteps='float'" if clock == "integer" else "; check sigma_min, sigma_max"
+        raise ValueError(f"{n} steps of {spacing!r} repeat a noise level{hint}")
     return TimeGrid((*map(float, lam), end), _told(schedule, lam, clock))
 
 

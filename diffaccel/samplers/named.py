@@ -34,9 +34,9 @@ def _algorithm(algorithm_type: str) -> tuple[float, Literal["x0", "epsilon"]]:
 class DPMSolverScheduler(SolverScheduler):
     """DPM-Solver and DPM-Solver++ multistep of order 1 to 3, ODE and SDE; for `DPMSolverMultistepScheduler`.
 
-    (arXiv:2206.00927, arXiv:2211.01095.) `solver_order=3` is the printed and shipped form, which halves one weight and
-    is of second order: at up to 20 calls it was the better one wherever we measured (benchmarks/results). The
-    third-order one is the factory's `dpmpp_3m`, or `solver_options={"halve_curvature": False}`.
+    (arXiv:2206.00927, arXiv:2211.01095.) `solver_order=3` is the form that is shipped everywhere, which halves one
+    weight and is of second order: at up to 20 calls it was the better one wherever we measured (benchmarks/results).
+    The third-order one is the factory's `dpmpp_3m`, or `solver_options={"halve_curvature": False}`.
     """
 
     def make_solver(self) -> ExponentialAdams:
@@ -61,6 +61,8 @@ class DPMSinglestepScheduler(SolverScheduler):
     def make_solver(self) -> ExponentialAdams | ExponentialRungeKutta:
         """Two or three stages by `solver_order`, with the noise and prediction of `algorithm_type`."""
         eta, prediction = _algorithm(self.config["algorithm_type"])
+        if self.config["solver_order"] not in (1, 2, 3):
+            raise ValueError(f"solver_order must be 1, 2 or 3, not {self.config['solver_order']!r}")
         if self.config["solver_order"] == 1:
             return ExponentialAdams(order=1, eta=eta, prediction=prediction)
         second = "exact" if self.config["solver_type"] == "heun" else "midpoint"
@@ -168,8 +170,8 @@ class LMSScheduler(SolverScheduler):
     _solver: ClassVar[str | None] = "deis_rhoab3"
 
 
-class PseudoNDMScheduler(SolverScheduler):
-    """iPNDM of order 4 (arXiv:2204.13902, section H): Adams-Bashforth with the weights of even steps."""
+class IPNDMSolverScheduler(SolverScheduler):
+    """iPNDM of order 4 (arXiv:2204.13902): Adams-Bashforth with the weights of even steps."""
 
     _solver: ClassVar[str | None] = "ipndm"
 
@@ -221,7 +223,7 @@ ONE_SOLVER = (
     EDMStochasticScheduler,
     EulerAncestralScheduler,
     LMSScheduler,
-    PseudoNDMScheduler,
+    IPNDMSolverScheduler,
     RESScheduler,
     SEEDSScheduler,
     SAScheduler,

@@ -91,8 +91,7 @@ def strength_calls(path: str, n: int, strength: float) -> int:
     int(n * strength), as in Diffusers' StableDiffusionImg2ImgPipeline; on flow paths n - int(n - n * strength), as in
     those of SD3 and Flux, which rounds up.
     """
-    if not isinstance(strength, (int, float)) or not 0 < strength <= 1:
-        raise ValueError(f"strength must lie between 0 (excluded) and 1, not {strength!r}")
+    check_strength(strength)
     calls = n - int(n - n * strength) if path == "flow" else int(n * strength)
     if calls < 1:
         raise ValueError(f"strength {strength:g} leaves none of {n} network calls; use more steps or a larger strength")
@@ -102,6 +101,12 @@ def strength_calls(path: str, n: int, strength: float) -> int:
 def _from_the_top(spacing: str, strength: float) -> str:
     """Spacing that begins at the strength's level; `leading` and `ddim_uniform` begin up to a step below."""
     return "trailing" if strength != 1 and spacing in ("leading", "ddim_uniform") else spacing
+
+
+def check_strength(strength: Any) -> None:
+    """Refuse what is no strength of an image-to-image pipeline."""
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1:
+        raise ValueError(f"strength must lie between 0 (excluded) and 1, not {strength!r}")
 
 
 def _respaced(
@@ -169,6 +174,9 @@ def _spaced_grid(
         raise ValueError(f"pass num_inference_steps (a whole number), timesteps or sigmas; got {n!r}")
     if n > schedule.count:
         raise ValueError(f"steps must be between 1 and the {schedule.count} training timesteps, not {n}")
+    low, high = config["sigma_min"], config["sigma_max"]
+    if (low is not None and not low > 0) or (high is not None and not high > (low or 0)):
+        raise ValueError(f"sigma_min and sigma_max must be 0 < sigma_min < sigma_max, not {low!r} and {high!r}")
     options = config["solver_options"] or {}
     strength = options.get("strength", 1.0)
     calls = int(n) if strength == 1 else strength_calls(schedule.path, int(n), strength)

@@ -32,7 +32,7 @@ TABLEAUS = {
 
 @dataclass(frozen=True)
 class RungeKutta:
-    """Explicit Runge-Kutta on the slope in Diffusers' sigma: rho-RK of DEIS (arXiv:2204.13902, section 3.3).
+    """Explicit Runge-Kutta on the slope in Diffusers' sigma: rho-RK of DEIS (arXiv:2204.13902).
 
     `heun` is EDM's deterministic sampler (arXiv:2206.00364, algorithm 1), with `s_churn` its stochastic one
     (algorithm 2); `euler` with `eta` = 1 is k-diffusion's Euler ancestral. The last step to sigma = 0 has one stage, as
@@ -44,7 +44,8 @@ class RungeKutta:
 
     Attributes:
         tableau: a name in `TABLEAUS`.
-        eta: ancestral noise (k-diffusion): 1 replaces the noise as the reverse SDE does, 0 none.
+        eta: ancestral noise (k-diffusion): 1 replaces the noise as the reverse SDE does, 0 none. On flow paths too it
+            is taken in sigma / alpha; ComfyUI's rule for those goes down in sigma, and is another sampler.
         s_churn, s_tmin, s_tmax, s_noise: EDM's, gamma = min(s_churn / steps, sqrt(2) - 1) where the raised sigma is in
             the range.
     """

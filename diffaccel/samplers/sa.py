@@ -29,11 +29,12 @@ class SASolver(ExponentialAdams):
 
     def eta_at(self, node: Node) -> float:
         """`eta` inside the interval of training time, 0 outside."""
-        time = node.time / node.schedule.count if node.schedule.path != "ve" else _share(node)
+        log_sigma = node.schedule.times[0] != 0 and node.schedule.path != "flow"
+        time = _share(node) if log_sigma else node.time / node.schedule.count
         return self.eta if self.noise_end <= time <= self.noise_start else 0.0
 
 
 def _share(node: Node) -> float:
-    """Training time of an EDM model, whose clock is log sigma: the share of its table below this noise."""
+    """Training time where the clock is log sigma (EDM, SVD): the share of the table below this noise."""
     times = node.schedule.times
     return float((node.time - times[0]) / (times[-1] - times[0]))

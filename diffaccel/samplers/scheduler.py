@@ -159,7 +159,10 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         return self.config["prediction_type"]
 
     def _options(self) -> dict[str, Any]:
-        return dict(self.config["solver_options"] or {})
+        options = self.config["solver_options"] or {}
+        if not isinstance(options, Mapping):
+            raise TypeError(f"solver_options must be a dict such as {{'eta': 0.5}}, not {options!r}")
+        return dict(options)
 
     @classmethod
     def _has_own_solver(cls) -> bool:

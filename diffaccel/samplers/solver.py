@@ -43,6 +43,11 @@ class Node:
         return math.exp(-self.lam)
 
     @property
+    def alpha_bar(self) -> float:
+        """alpha^2 / (alpha^2 + sigma^2) on every path."""
+        return 1 / (1 + self.ve_sigma**2)
+
+    @property
     def sigma(self) -> float:
         """What Diffusers calls sigma: sigma / alpha on VP and VE paths, sigma on flow paths."""
         return float(self.schedule.sigma_at(self.lam))
@@ -153,6 +158,11 @@ def first_order(start: float, end: float, share: float = 1.0) -> Row:
     """
     kept = share * (1 - end / start)
     return Row(1 - kept, (), x0=kept)
+
+
+def correction(redone: Sequence[float], made: Sequence[float]) -> Row:
+    """What a step still lacks: the weights with the prediction at its end, less those it was made with."""
+    return Row(1.0, (redone[0], *(new - old for new, old in zip(redone[1:], made, strict=True))))
 
 
 def differences(moments: FloatArray, offsets: Sequence[float]) -> tuple[float, ...]:

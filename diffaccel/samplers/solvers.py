@@ -39,12 +39,12 @@ _CATALOGUE: tuple[tuple[str, Multistep | Singlestep, str], ...] = (
     ("dpmpp_3m_sde", replace(_3m, eta=1.0), DPMPP),
     ("dpmpp_3m_sde_shipped", replace(_3m, eta=1.0, halve_curvature=True), DPMPP),
     # DPM-Solver: the same on eps
-    ("dpm_2m", replace(_2m, prediction="epsilon"), DPM),
-    ("dpm_3m", replace(_3m, prediction="epsilon"), DPM),
+    ("dpm_2m", replace(_2m, prediction="epsilon"), DPMPP),
+    ("dpm_3m", replace(_3m, prediction="epsilon"), DPMPP),
     ("dpm_2s", ExponentialRungeKutta(stages=2, prediction="epsilon"), DPM),
     ("dpm_3s", ExponentialRungeKutta(stages=3, prediction="epsilon"), DPM),
-    ("dpm_2m_sde", replace(_2m, prediction="epsilon", eta=1.0), DPM),
-    ("dpm_3m_sde", replace(_3m, prediction="epsilon", eta=1.0), DPM),
+    ("dpm_2m_sde", replace(_2m, prediction="epsilon", eta=1.0), DPMPP),
+    ("dpm_3m_sde", replace(_3m, prediction="epsilon", eta=1.0), DPMPP),
     # UniPC
     ("unipc_1", replace(_unipc, order=1), UNIPC),
     ("unipc_1_bh1", replace(_unipc, order=1, second="bh1"), UNIPC),
@@ -71,7 +71,7 @@ _CATALOGUE: tuple[tuple[str, Multistep | Singlestep, str], ...] = (
     # RES, SEEDS, SA, ER-SDE
     ("res_2m", ExponentialAdams(order=2), RES),
     ("res_3m", ExponentialAdams(order=3), RES),
-    ("res_2m_sde", ExponentialAdams(order=2, eta=1.0), RES),
+    ("res_2m_sde", ExponentialAdams(order=2, eta=1.0), K_DIFFUSION),
     ("res_2s", ExponentialRungeKutta(stages=2, second="exact"), RES),
     ("seeds_2", ExponentialRungeKutta(stages=2, eta=1.0), SEEDS),
     ("seeds_3", ExponentialRungeKutta(stages=3, eta=1.0), SEEDS),

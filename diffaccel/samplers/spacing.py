@@ -62,7 +62,7 @@ def beta(last: int, n: int, offset: int) -> FloatArray:
 
 
 def beta57(last: int, n: int, offset: int) -> FloatArray:
-    """Quantiles of Beta(0.5, 0.7) over the timesteps: the name is RES4LYF's, the values those of ComfyUI's `beta`."""
+    """Quantiles of Beta(0.5, 0.7) over the timesteps: RES4LYF's name for ComfyUI's `beta` with these two numbers."""
     return last * beta_quantile(np.linspace(1, 0, n + 1)[:-1], 0.5, 0.7)
 
 

@@ -17,8 +17,8 @@ def staged_grid(
 ) -> TimeGrid:
     """Grid of exactly `n` network calls, whose steps are those of `outer(K)` with the fewest steps that can take them.
 
-    What the steps could take beyond `n` is taken off the last ones, as DPM-Solver allots its orders (arXiv:2206.00927,
-    appendix C.2): 3S gets [3, 3, 2, 1] at n = 9.
+    What the steps could take beyond `n` is taken off the last ones, as DPM-Solver allots its orders (arXiv:2206.00927):
+    3S gets [3, 3, 2, 1] at n = 9.
     """
     for steps in range(-(-n // solver.stages), n + 1):
         grid = outer(steps)

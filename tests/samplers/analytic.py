@@ -54,7 +54,8 @@ def run(scheduler: SolverScheduler, y: np.ndarray, exact_values: np.ndarray | No
         if given:
             x = torch.from_numpy(exact_values[i][None] * alpha(lam[i]))
             scheduler._anchor = None  # nothing to correct: the value is exact
-        out = torch.from_numpy(x0_prediction(x.numpy()[0] / alpha(lam[i]), lam[i])[None])
+        p, q = scheduler._x0_of(lam[i])  # the network's output is what gives this x0
+        out = (torch.from_numpy(x0_prediction(x.numpy()[0] / alpha(lam[i]), lam[i])[None]) - p * x) / q
         x_next = scheduler.step(out, t, x, return_dict=False)[0]
         if given:
             scheduler._anchor = x

@@ -120,3 +120,49 @@ def test_field_guide_states_the_declared_orders():
             assert cells[1] == ("SDE" if rule.stochastic else "ODE"), name
             assert int(orders[i if len(orders) > 1 else 0]) == rule.convergence_order, name
             assert int(calls[i if len(calls) > 1 else 0]) == getattr(rule, "stages", 1), name
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("DPM++2M Karras", ("dpmpp_2m", "karras")),
+        ("DPM++ 2S a Karras", ("dpmpp_2s_ancestral", "karras")),
+        ("DPM++ SDE Karras", ("seeds_2", "karras")),
+        ("Euler a", ("euler_ancestral", None)),
+        ("LMS Karras", ("deis_rhoab3", "karras")),
+        ("DPM2 a Karras", ("dpm_2s_ancestral", "karras")),
+        ("uni_pc_bh2", ("unipc_3", None)),
+        ("dpmpp_2m_sde_heun", ("res_2m_sde", None)),
+        ("k_euler_a", ("euler_ancestral", None)),
+        ("res_multistep beta57", ("res_2m", "beta57")),
+    ],
+)
+def test_names_that_people_type(name, meant):
+    assert parse_solver(name) == meant
+
+
+def test_wrong_names_are_answered_with_a_guess():
+    with pytest.raises(ValueError, match="did you mean dpmpp_2m"):
+        diffaccel.scheduler("dpmp_2m", CONFIG)
+    with pytest.raises(ValueError, match="ays_sd15, ays_sdxl, ays_svd or ays_deepfloyd"):
+        diffaccel.scheduler("ddim", CONFIG, schedule="Align Your Steps")
+
+
+def test_two_schedules_are_refused():
+    with pytest.raises(ValueError, match="names schedule 'karras', and schedule= another one, 'beta'"):
+        diffaccel.scheduler("DPM++ 2M Karras", CONFIG, schedule="beta")
+    assert diffaccel.scheduler("DPM++ 2M Karras", CONFIG, schedule="karras").config["use_karras_sigmas"]
+
+
+@pytest.mark.parametrize("keys", [{"sigma_min": -1.0}, {"sigma_min": 3.0, "sigma_max": 2.0}])
+def test_a_sigma_range_that_is_none(keys):
+    scheduler = diffaccel.scheduler("dpmpp_2m", CONFIG, schedule="karras", **keys)
+    with pytest.raises(ValueError, match="0 < sigma_min < sigma_max"):
+        scheduler.set_timesteps(5)
+
+
+def test_solver_options_are_keywords_of_the_factory():
+    with pytest.raises(ValueError, match=r"such as eta=0\.5"):
+        diffaccel.scheduler("dpmpp_2m", CONFIG, solver_options={"eta": 0.5})
+    with pytest.raises(TypeError, match="must be a dict"):
+        diffaccel.SolverScheduler(solver_options="heun")

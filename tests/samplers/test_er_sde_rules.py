@@ -8,7 +8,7 @@ import pytest
 from mpmath import mpf
 
 from diffaccel.samplers.accelerated_ddpm import AcceleratedDDPM
-from diffaccel.samplers.er_sde import ERSDE
+from diffaccel.samplers.er_sde import ERSDE, NOISE_SCALES
 from tests.samplers.levels import SCHEDULES, apply, of_ve_sigma, random_nodes
 
 mpmath.mp.dps = 30
@@ -161,3 +161,12 @@ def test_accelerated_ddpm_is_the_same_on_every_path():
     rows = [AcceleratedDDPM().rows(of_ve_sigma(path, [5.0, 2.0, 0.7, 0.0]), 0, 1)[0] for path in SCHEDULES]
     for row in rows[1:]:
         assert (row.x, *row.m, row.noise) == pytest.approx((rows[0].x, *rows[0].m, rows[0].noise), rel=1e-12)
+
+
+@pytest.mark.parametrize("high", [14.6, 80.0, 700.0, 1e4, 1e9])
+@pytest.mark.parametrize("scale", NOISE_SCALES)
+def test_noise_keeps_its_level_from_any_start(scale, high):
+    """phi / x must not fall: that of sde_4 does beyond 1022, where a flow or zero-SNR run starts, and is held there."""
+    start, end = of_ve_sigma("flow", [high, high / 3])
+    row = ERSDE(1, scale).predict(end, [start], 1)
+    assert math.hypot(row.x * start.ve_sigma, row.noise) == pytest.approx(end.ve_sigma, rel=1e-6)

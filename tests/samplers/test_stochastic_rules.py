@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.integrate import quad
 
+from diffaccel import SolverScheduler
 from diffaccel.samplers.ancestral import ancestral
 from diffaccel.samplers.exponential import ExponentialAdams
 from diffaccel.samplers.exponential_runge_kutta import ExponentialRungeKutta
@@ -316,3 +317,25 @@ def test_sa_solver_run_is_the_naive_loop(path, given_noise):
         y = y + known[i + 1].ve_sigma * math.sqrt(-math.expm1(-2 * eta * h)) * z
     assert {solver.eta_at(n) for n in known} == {0.0, 1.0}
     np.testing.assert_allclose(found, [*seen, y], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("network", ["vp", "svd", "edm", "flow"])
+def test_sa_solver_is_noisy_in_the_middle_on_every_clock(network):
+    """SVD is a VP network whose clock is log sigma."""
+    configs = {
+        "vp": {},
+        "svd": {
+            "timestep_type": "continuous",
+            "sigma_min": 0.002,
+            "sigma_max": 700.0,
+            "prediction_type": "v_prediction",
+        },
+        "edm": {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0},
+        "flow": {"prediction_type": "flow_prediction"},
+    }
+    scheduler = SolverScheduler(**configs[network], solver_options={"solver": "sa_solver", "schedule": "linspace"})
+    scheduler.set_timesteps(20)
+    noisy = [step.predict.noise > 0 for step in scheduler._plan]
+    assert 8 <= sum(noisy) <= 14
+    assert not noisy[0]
+    assert not noisy[-1]
