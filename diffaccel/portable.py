@@ -20,7 +20,7 @@ logger = logging.get_logger(__name__)
 def save_pretrained(pipe: Any, directory: str | Path, **kwargs: Any) -> str:
     """Save a pipeline so that it opens without diffaccel, and return the name of the stock scheduler it opens with.
 
-    `model_index.json` names the stock class that ours replaces; `scheduler_config.json` keeps our keys, so that
+    `model_index.json` names a stock class that runs the same network; `scheduler_config.json` keeps our keys, so that
     `OurScheduler.from_config(pipe.scheduler.config)` restores everything. Opened by the stock class the pipeline runs
     as well, but its pictures differ: a warning says so.
 

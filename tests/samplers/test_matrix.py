@@ -1,7 +1,7 @@
 """Every solver on every schedule with every kind of network: one matrix, covered by a fixed choice of runs.
 
-The whole product (55 solvers x 21 schedules x 9 kinds of network x 7 numbers of calls, less what is refused) is some
-60,000 runs. Here each solver makes 63 of them, every network with every number of calls, and a few more. The schedule
+The whole product (solvers x schedules x 9 kinds of network x 7 numbers of calls, less what is refused) is over 60,000
+runs. Here each solver makes 63 of them, every network with every number of calls, and a few more. The schedule
 goes round from one of these to the next and from solver to solver, so that all solvers together run every schedule with
 every network and number of calls, and each solver runs every schedule: `test_the_choice_covers` looks. Nothing is drawn
 at random.
