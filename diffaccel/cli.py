@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     sample = commands.add_parser("sample", help="make pictures with any local or hub model")
     sample.add_argument("model", help="a zoo name (emoji-sd), a folder, or a hub id")
     sample.add_argument("--prompt", action="append", required=True, help="text; may be given several times")
-    sample.add_argument("--scheduler", default="dpmpp_2m", help="a name from `diffaccel list` (default: dpmpp_2m)")
+    sample.add_argument("--scheduler", help="a name from `diffaccel list` (default: what measured best, see the docs)")
     sample.add_argument("--schedule", help="a name from `diffaccel list` (default: what the model's config asks for)")
     ends = ("zero", "sigma_min", "corrector")
     sample.add_argument("--final", choices=ends, default="zero", help="end of the run (default: zero)")

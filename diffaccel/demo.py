@@ -19,7 +19,7 @@ from diffaccel import __version__, zoo
 from diffaccel.eval.fidelity import clip_distance, latent_mse, psnr
 from diffaccel.eval.reference import ReferenceSettings, converged_reference, pair_generator, weights_hash
 from diffaccel.pictures import labelled_grid, save_picture, save_text
-from diffaccel.samplers.catalog import scheduler
+from diffaccel.samplers.catalog import DEFAULT, scheduler
 
 # Captions whose converged pictures are recognisable; nothing else was looked at when they were chosen.
 PROMPTS = ("blue heart", "grinning face", "evergreen tree", "green book", "cat face", "umbrella", "rocket", "tomato")
@@ -30,7 +30,7 @@ STOCK = (
     ("DPMSolverMultistepScheduler", {"timestep_spacing": "trailing", "final_sigmas_type": "sigma_min"}),
     ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}),
 )
-OURS: dict[str, Any] = {"solver": "unipc_1_bh1", "schedule": "beta", "final": "sigma_min"}
+OURS = DEFAULT
 
 
 @dataclass(frozen=True)

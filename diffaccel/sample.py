@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
 from diffaccel import zoo
 from diffaccel.pictures import save_picture
-from diffaccel.samplers.catalog import parse_schedule, parse_solver
+from diffaccel.samplers.catalog import DEFAULT, parse_schedule, parse_solver
 from diffaccel.samplers.catalog import scheduler as make_scheduler
+from diffaccel.samplers.grid import Final
 
 
 def load_pipeline(model: str, device: str | None = None, dtype: str | None = None) -> DiffusionPipeline:
@@ -32,9 +33,9 @@ def sample(
     model: str,
     prompts: Sequence[str],
     *,
-    scheduler: str = "dpmpp_2m",
+    scheduler: str | None = None,
     schedule: str | None = None,
-    final: Literal["zero", "sigma_min"] = "zero",
+    final: Final = "zero",
     steps: int = 10,
     guidance_scale: float | None = None,
     seed: int = 0,
@@ -42,14 +43,20 @@ def sample(
     dtype: str | None = None,
     output: Path = Path("diffaccel-samples"),
 ) -> list[Path]:
-    """Write one PNG per prompt into `output` and return their paths; prompt i uses seed `seed` + i."""
-    parse_solver(scheduler)  # refuse unknown names before a model is loaded
+    """Write one PNG per prompt into `output` and return their paths; prompt i uses seed `seed` + i.
+
+    Without a scheduler it is `catalog.DEFAULT`, on its schedule and to its end unless another schedule is named.
+    """
+    if scheduler is None and schedule is None:
+        schedule, final = DEFAULT["schedule"], DEFAULT["final"]
+    solver: str = scheduler or DEFAULT["solver"]
+    parse_solver(solver)  # refuse unknown names before a model is loaded
     if schedule is not None:
         parse_schedule(schedule)
     if steps < 1:
         raise ValueError(f"--steps must be 1 or more, not {steps}")
     pipe: Any = load_pipeline(model, device, dtype)
-    pipe.scheduler = make_scheduler(scheduler, pipe, schedule=schedule, final=final)
+    pipe.scheduler = make_scheduler(solver, pipe, schedule=schedule, final=final)
     options = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     output.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []

@@ -24,6 +24,9 @@ from diffaccel.samplers.spacing import SPACINGS
 # One spacing is what a config key means for one Diffusers class, and is not asked for by name.
 SCHEDULES = tuple(name for name in SPACINGS if name != "flow_linspace")
 
+# For who does not choose: among the best at 4 to 10 calls with guidance (benchmarks/results/solvers_emoji-sd.md).
+DEFAULT: dict[str, Any] = {"solver": "er_ode_1_corrected", "schedule": "beta", "final": "sigma_min"}
+
 # Other programs' names, squeezed (see `_squeeze`), and what they are here. Schedule names may follow a solver's.
 SOLVER_ALIASES = {
     "dpm++ 2m": "dpmpp_2m",

@@ -79,6 +79,7 @@ _CATALOGUE: tuple[tuple[str, Multistep | Singlestep, str], ...] = (
     ("er_sde_1", ERSDE(order=1), ER_SDE),
     ("er_sde_2", ERSDE(order=2), ER_SDE),
     ("er_sde_3", ERSDE(order=3), ER_SDE),
+    ("er_ode_1_corrected", ERSDE(order=1, noise_scale="ode", corrector=True), ER_SDE),
     ("er_ode_3", ERSDE(order=3, noise_scale="ode"), ER_SDE),
     # EDM and k-diffusion
     ("heun", RungeKutta("heun"), EDM),
