@@ -14,6 +14,7 @@ from diffaccel.samplers.schedule import FloatArray
 from diffaccel.samplers.solver import Memory, Node, correction, differences, first_order, point_weights
 
 Variable = Literal["sigma", "time", "alpha_bar"]
+LARGEST_WEIGHTS = 1e4  # sum of weights, in steps, from which on a polynomial of that degree is lowered
 UNIFORM = {  # weights on evenly spaced nodes, newest first, in units of the step
     1: (1.0,),
     2: (3 / 2, -1 / 2),
@@ -36,7 +37,8 @@ class AdamsBashforth:
       by Gauss-Legendre quadrature, not by its 10,000-point left Riemann sum.
     - `alpha_bar`: eps linear in alpha^2 / (alpha^2 + sigma^2) is accelerated DDIM (arXiv:2403.03852).
 
-    All go to sigma = 0 on every grid, where Diffusers' DEIS stops at the smallest trained noise.
+    All go to sigma = 0 on every grid, where Diffusers' DEIS stops at the smallest trained noise. Where a step is so
+    much longer than those before it that the weights pass 10,000 steps, the order of that step is lowered.
 
     Attributes:
         order: predictions used, 1 to 4; order 1 is DDIM.
@@ -87,13 +89,21 @@ class AdamsBashforth:
         if self.uniform:
             first, *rest = UNIFORM[order]
             return Row(row.x, (h * (first - 1), *(h * w for w in rest)), x0=row.x0)
-        weights = differences(*self._problem(nodes[0], end, nodes[:order]))
+        weights = differences(*self._problem(nodes[0], end, self._sane(nodes[0], end, nodes[:order])))
         return Row(row.x, weights, x0=row.x0)
 
     def correct(self, node: Node, nodes: Sequence[Node], start: Node, order: int) -> Row:
         """Adams-Moulton through node, nodes[0], ... less the predictor's weights: what the step still lacks."""
-        redone = point_weights(*self._problem(start, node, [node, *nodes[:order]]))
-        return correction(redone, point_weights(*self._problem(start, node, nodes[:order])))
+        known = self._sane(start, node, nodes[:order])
+        redone = point_weights(*self._problem(start, node, [node, *known]))
+        return correction(redone, point_weights(*self._problem(start, node, known)))
+
+    def _sane(self, start: Node, end: Node, nodes: Sequence[Node]) -> Sequence[Node]:
+        """The nodes, less the oldest ones where the step is far too long to extrapolate through them."""
+        h = abs(end.frame_sigma(self.memory) - start.frame_sigma(self.memory))
+        while len(nodes) > 2 and sum(map(abs, point_weights(*self._problem(start, end, nodes)))) > LARGEST_WEIGHTS * h:
+            nodes = nodes[:-1]
+        return nodes
 
     def _problem(self, start: Node, end: Node, nodes: Sequence[Node]) -> tuple[FloatArray, list[float]]:
         """Moments of the step and offsets of its nodes, in the variable of the polynomial."""

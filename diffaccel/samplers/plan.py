@@ -205,9 +205,11 @@ def table(steps: Sequence[Step], solver: Multistep | Singlestep) -> FloatArray:
     """(n, 2 * order + 11) float64 coefficients; see `Layout`."""
     layout = Layout(solver.order)
     out = np.zeros((len(steps), layout.width))
-    for line, step in zip(out, steps, strict=True):
+    for i, (line, step) in enumerate(zip(out, steps, strict=True)):
         line[layout.x0], line[layout.keep] = step.x0, step.keep
-        correct = step.correct or (TAKE_SAMPLE if is_singlestep(solver) else Row(0.0, ()))
+        # A run corrects or does not: a step left out takes the sample as it is. The first has nothing to redo.
+        redoes = is_singlestep(solver) or (solver.corrector and i > 0)
+        correct = step.correct or (TAKE_SAMPLE if redoes else Row(0.0, ()))
         _fill(line[layout.correct], (correct.x, correct.anchor, *correct.m))
         _fill(line[layout.predict], (step.predict.x, step.predict.x0, *step.predict.m))
         line[layout.noise], line[layout.hold] = step.predict.noise, step.hold
