@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from diffaccel import zoo
 from diffaccel.cost import network_calls
@@ -239,3 +239,34 @@ def test_step_time_runs_both_sides_alike(bench: Callable[[str], ModuleType]) -> 
             ends.append(made[-1][0])
         if name in ("DPM++ 2M", "UniPC 2", "Euler, flow"):
             torch.testing.assert_close(*ends, rtol=0, atol=0.1)  # theirs rounds its timesteps
+
+
+def test_field_guide_chooses_by_the_screening_and_scores_beside_diffusers(
+    bench: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    solvers, report = bench("solvers"), bench("solvers_report")
+    pool = list(solvers.ours())
+    labels = [c.label for c in pool]
+    assert len(labels) == len(set(labels))
+    config = dict(DDIMScheduler(beta_schedule="scaled_linear").config)
+    for candidate in pool[::7]:
+        candidate.make(config).set_timesteps(5)
+
+    def row(label: str, side: str, calls: int, mse: float) -> Any:
+        pairs = {"mse": [mse, 2 * mse, mse], "psnr": [20.0] * 3, "clip": [0.1] * 3, "variance": [1.0] * 3}
+        return solvers.Row(label, side, calls, pairs)
+
+    known = "unipc_1_bh1 karras final=zero", "unipc_1_bh1 beta final=sigma_min", "ddim karras final=zero"
+    screened = [row(label, "ours", 8, mse) for label, mse in zip(known, (0.3, 0.1, 0.2), strict=True)]
+    chosen = [c.label for c in solvers.choose(screened, 8, 1)]
+    assert chosen[0] == known[1]
+    assert known[0] not in chosen
+    assert set(solvers.THEIRS) <= set(chosen)
+    held_out = [row(known[1], "ours", 8, 0.1), row(solvers.THEIRS[0], "theirs", 8, 0.2)]
+    found = {"screened": screened, "noisy": screened, "weights": "w", "held_out": {4.0: held_out}}
+    found |= {"errors": {4.0: [1e-9, 1e-9, 1.0]}, "pairs": [("a", 0), ("b", 0), ("c", 0)]}
+    args = {"model": "emoji-sd", "clip": "c", "guidance_scale": [4.0], "prompts": 3, "seeds": 1}
+    report.write_report(found, args | {"screening_seeds": 2, "compile": False}, tmp_path)
+    text = (tmp_path / "solvers_emoji-sd.md").read_text()
+    assert f"| 8 | ours | {known[1]} | 1.50e-01 | 0.50 [0.50, 0.50] |" in text
+    assert "| 1.000 | 1 |" in text  # one pair dropped, whose reference is not exact

@@ -101,7 +101,7 @@ class AdamsBashforth:
     def _sane(self, start: Node, end: Node, nodes: Sequence[Node]) -> Sequence[Node]:
         """The nodes, less the oldest ones where the step is far too long to extrapolate through them."""
         h = abs(end.frame_sigma(self.memory) - start.frame_sigma(self.memory))
-        while len(nodes) > 2 and sum(map(abs, point_weights(*self._problem(start, end, nodes)))) > LARGEST_WEIGHTS * h:
+        while len(nodes) > 1 and sum(map(abs, point_weights(*self._problem(start, end, nodes)))) > LARGEST_WEIGHTS * h:
             nodes = nodes[:-1]
         return nodes
 

@@ -294,3 +294,14 @@ def test_corrected_run_is_a_naive_predict_evaluate_correct_loop(points):
 
 def moulton(start: float, end: float, points: list[float]) -> list[float]:
     return [quad(lagrange(points, j), start, end)[0] for j in range(len(points))]
+
+
+@pytest.mark.parametrize("name", ["deis_tab2", "deis_tab3", "deis_rhoab3", "accelerated_ddim"])
+def test_order_is_lowered_where_a_step_is_far_longer_than_those_before(name):
+    """Weights of 1e13 steps would leave nothing of a float32 run, and little of a float64 one."""
+    levels = nodes("vp", [-2.0, -1.9999, -1.9998, -1.9997, 3.0])
+    end, known = levels[-1], levels[-2::-1]
+    rule = SOLVERS[name]
+    assert isinstance(rule, AdamsBashforth)
+    row = rule.predict(end, known, rule.order)
+    assert sum(map(abs, row.m)) < 2e4 * known[0].ve_sigma

@@ -14,7 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffaccel import DDIMSolverScheduler, DPMSolverScheduler, FlowEulerScheduler, SolverScheduler, UniPCScheduler
+from diffaccel import (
+    DDIMSolverScheduler,
+    DEISScheduler,
+    DPMSolverScheduler,
+    FlowEulerScheduler,
+    SAScheduler,
+    SolverScheduler,
+    UniPCScheduler,
+)
 from tests import tiny
 from tests.tiny import SD_BETAS, draw, noise, relative
 
@@ -285,3 +293,17 @@ def test_unipc_in_noise_prediction_form_is_not_nan() -> None:
     assert scheduler.solver.memory == "epsilon"
     scheduler.set_timesteps(8)
     assert relative(_run(scheduler), X0) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"), [("DEISMultistepScheduler", DEISScheduler), ("SASolverScheduler", SAScheduler)]
+)
+def test_last_step_of_deis_and_sa_on_karras_is_not_empty(name: str, cls: Any) -> None:
+    """There the last sigma stands twice: the last call changes nothing, and noise of that sigma stays."""
+    stock = getattr(diffusers, name)(**SD_BETAS, use_karras_sigmas=True)
+    stock.set_timesteps(8)
+    assert stock.sigmas[-1] == stock.sigmas[-2] > 0.02
+    scheduler = cls.from_config(stock.config)
+    scheduler.set_timesteps(8)
+    assert scheduler.sigmas[-1] == 0
+    assert relative(_run(scheduler), X0) < 1e-5
