@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffaccel
+from diffaccel.cost import processor
 from diffaccel.pictures import save_text
 
 HERE = Path(__file__).parent
@@ -189,7 +190,7 @@ def report(
     packages = ", ".join(f"{p} {version(p)}" for p in ("diffaccel", "torch", "diffusers"))
     return f"""# Host time of a step
 
-- One thread of {_processor()}, eager, float32, without a network. {packages},
+- One thread of {processor()}, eager, float32, without a network. {packages},
   Python {platform.python_version()}.
 - Runs of {STEPS} network calls, {repetitions} of each side in turn. The time of a step is the median over a run's
   steady steps (not the first 6 or last 4; two neighbours together, since those of Heun differ), and the table has its
@@ -218,12 +219,6 @@ on such a core.
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""What a network costs: parameters, multiply-accumulates, latency, and how often a pipeline calls it."""
+"""What a network costs: parameters, multiply-accumulates, latency, memory, and how often a pipeline calls it."""
 
 from __future__ import annotations
 
+import gc
+import platform
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 DENOISERS = ("unet", "transformer", "transformer_2", "prior")
+_PROCESS = Path("/proc/self")
 
 # `FlopCounterMode` counts convolutions, matrix products and the CUDA attention kernels. The kernels that
 # `scaled_dot_product_attention` takes elsewhere are missing there (torch 2.13), and without them a U-Net on the CPU
@@ -29,14 +34,18 @@ def parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def macs(module: nn.Module, *args: Any, **kwargs: Any) -> int:
-    """Multiply-accumulates of `module(*args, **kwargs)`: FLOPs / 2, for the batch that is given.
+def macs(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+    """Multiply-accumulates of `function(*args, **kwargs)`: FLOPs / 2, for the batch that is given.
+
+    `function` is a network, or anything that calls networks, such as a whole pipeline.
 
     Convolutions, matrix products and attention are counted (softmax(Q K^T) V in full, causal or not), whatever kernel
     runs; norms, activations and other element-wise work are not, nor are Triton kernels without a FLOP formula. On
     the `meta` device nothing is computed: a network of any size is counted in a second.
     """
-    return macs_by_module(module, *args, **kwargs)[""]
+    with flop_counter() as counter, torch.no_grad():
+        function(*args, **kwargs)
+    return counter.get_total_flops() // 2
 
 
 def macs_by_module(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, int]:
@@ -44,15 +53,19 @@ def macs_by_module(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, in
 
     Work done in a forward hook or in functions between submodules counts for the module around it.
     """
-    overloads = [getattr(torch.ops.aten, name) for name in _ATTENTION if hasattr(torch.ops.aten, name)]
-    counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(overloads, _attention_flops))
-    with counter, torch.no_grad():
+    with flop_counter() as counter, torch.no_grad():
         module(*args, **kwargs)
     total = counter.get_total_flops() // 2
     names = {name: sum(counts.values()) // 2 for name, counts in counter.get_flop_counts().items()}
     root = type(module).__name__ + "."  # the counter's names start with the class of the outermost module
     inside = {name.removeprefix(root): count for name, count in names.items() if name.startswith(root)}
     return {"": total} | inside
+
+
+def flop_counter() -> FlopCounterMode:
+    """PyTorch's FLOP counter, a context manager, that knows the attention kernels of every device."""
+    overloads = [getattr(torch.ops.aten, name) for name in _ATTENTION if hasattr(torch.ops.aten, name)]
+    return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(overloads, _attention_flops))
 
 
 def _attention_flops(q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -67,12 +80,14 @@ class Latency:
         median: seconds.
         p20: 20th percentile, seconds.
         p80: 80th percentile, seconds.
+        p95: 95th percentile, seconds; interpolated, so that below some 20 runs it is little more than the slowest.
         runs: number of timed calls.
     """
 
     median: float
     p20: float
     p80: float
+    p95: float
     runs: int
 
 
@@ -96,20 +111,85 @@ def latency(
         fn()
     seconds = []
     for _ in range(runs):
-        _drain()
+        drain()
         begin = clock()
         fn()
-        _drain()
+        drain()
         seconds.append(clock() - begin)
-    shares = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    p20, median, p80 = torch.tensor(seconds, dtype=torch.float64).quantile(shares).tolist()
-    return Latency(median, p20, p80, runs)
+    shares = torch.tensor([0.2, 0.5, 0.8, 0.95], dtype=torch.float64)
+    p20, median, p80, p95 = torch.tensor(seconds, dtype=torch.float64).quantile(shares).tolist()
+    return Latency(median, p20, p80, p95, runs)
 
 
-def _drain() -> None:
+def processor() -> str:
+    """Model name of the processor where the system tells (Linux), else its architecture."""
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def drain() -> None:
     """Wait for the accelerator: its calls return before they are done."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
+
+
+@dataclass
+class PeakMemory:
+    """Most memory that was in use at a time, in bytes; None where the machine does not tell.
+
+    Attributes:
+        allocated: of CUDA tensors, on all devices together: what the work needs.
+        reserved: what PyTorch's allocator held for them on CUDA devices: what must be free for it.
+        driver: what Metal had given to this process at the end; PyTorch keeps no peak there.
+        resident: main memory of the whole process (Linux), the interpreter and the weights on the CPU included.
+    """
+
+    allocated: int | None = None
+    reserved: int | None = None
+    driver: int | None = None
+    resident: int | None = None
+
+
+@contextmanager
+def peak_memory() -> Iterator[PeakMemory]:
+    """Peak memory of the block.
+
+    `with peak_memory() as peak: pipe(prompt)`, then `peak.allocated` and the others. What is there at the beginning
+    counts, the weights above all. Garbage and the CUDA allocator's unused blocks are given back first, so that the peak
+    does not tell of earlier work; the first call in the block is slower for it, and is not one to be timed. The C
+    allocator's unused blocks stay: `resident` may hold some from before.
+    """
+    peak = PeakMemory()
+    gc.collect()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    if devices:
+        torch.cuda.empty_cache()
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
+    resettable = _reset_resident_peak()
+    yield peak
+    if devices:
+        peak.allocated = sum(torch.cuda.max_memory_allocated(device) for device in devices)
+        peak.reserved = sum(torch.cuda.max_memory_reserved(device) for device in devices)
+    if torch.backends.mps.is_available():
+        peak.driver = torch.mps.driver_allocated_memory()
+    if resettable:
+        peak.resident = _resident_peak()
+
+
+def _reset_resident_peak() -> bool:
+    """Whether Linux set the peak resident set back to what is resident now (proc_pid_clear_refs(5), value 5)."""
+    try:
+        (_PROCESS / "clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _resident_peak() -> int | None:
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", (_PROCESS / "status").read_text(), re.MULTILINE)
+    return 1024 * int(found[1]) if found else None
 
 
 @dataclass
@@ -137,10 +217,7 @@ def network_calls(pipe: Any) -> Iterator[NetworkCalls]:
     Raises:
         TypeError: if the pipeline has none of them.
     """
-    found = ((name, getattr(pipe, name, None)) for name in DENOISERS)
-    nets = {name: net for name, net in found if isinstance(net, nn.Module)}
-    if not nets:
-        raise TypeError(f"{type(pipe).__name__} has no network to count; known are {', '.join(DENOISERS)}")
+    nets = denoisers(pipe)
     count = NetworkCalls(by_name=dict.fromkeys(nets, 0))
 
     def hook(name: str) -> Callable[..., None]:
@@ -157,6 +234,19 @@ def network_calls(pipe: Any) -> Iterator[NetworkCalls]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """The networks that a pipeline calls in every step, by their names in it.
+
+    Raises:
+        TypeError: if the pipeline has none of those that are known.
+    """
+    found = ((name, getattr(pipe, name, None)) for name in DENOISERS)
+    nets = {name: net for name, net in found if isinstance(net, nn.Module)}
+    if not nets:
+        raise TypeError(f"{type(pipe).__name__} has no network to count; known are {', '.join(DENOISERS)}")
+    return nets
 
 
 def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +11,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 import diffaccel
-from diffaccel.cost import latency, macs, macs_by_module, network_calls, parameters
-from tests.tiny import noise, sd, svd
+from diffaccel import cost
+from diffaccel.cost import PeakMemory, latency, macs, macs_by_module, network_calls, parameters, peak_memory
+from tests.tiny import dit, noise, sd, svd
 
 CROSS_ATTENTION_UNET = {
     "sample_size": 8,
@@ -84,6 +87,14 @@ def test_stable_diffusion_has_its_published_cost() -> None:
     assert cost == pytest.approx(339e9 + 62.4e9, rel=0.01)
 
 
+def test_a_pipeline_costs_its_network_calls_and_its_vae() -> None:
+    pipe, arguments = dit()
+    call = macs(pipe, **arguments, num_inference_steps=3)
+    rows = noise(2, 4, 8, 8)  # guidance
+    network = macs(pipe.transformer, rows, timestep=torch.ones(2), class_labels=torch.ones(2, dtype=torch.long))
+    assert call == 3 * network + macs(pipe.vae.decode, noise(1, 4, 8, 8))
+
+
 def test_counting_leaves_no_gradient() -> None:
     net = nn.Linear(3, 4)
     macs(net, torch.ones(2, 3, requires_grad=True))
@@ -104,13 +115,57 @@ def test_latency_leaves_out_the_warm_up() -> None:
 
     timed = latency(work, warmup=2, runs=5, clock=lambda: now[0])
     assert len(calls) == 7
-    assert (timed.median, timed.p20, timed.p80, timed.runs) == pytest.approx((3.0, 1.8, 4.2, 5))
+    assert (timed.median, timed.p20, timed.p80, timed.p95, timed.runs) == pytest.approx((3.0, 1.8, 4.2, 4.8, 5))
 
 
 @pytest.mark.parametrize(("runs", "warmup"), [(0, 1), (1, -1)])
 def test_latency_refuses_to_time_nothing(runs: int, warmup: int) -> None:
     with pytest.raises(ValueError, match="runs >= 1"):
         latency(lambda: None, runs=runs, warmup=warmup)
+
+
+MEGABYTES = 64
+
+
+def test_peak_memory_is_that_of_the_block() -> None:
+    def peak(megabytes: int) -> int:
+        with peak_memory() as measured:
+            torch.ones(megabytes * 2**20, dtype=torch.uint8)
+        if measured.resident is None:
+            pytest.skip("this system does not reset a process's peak")
+        return measured.resident
+
+    before, high, after = peak(1), peak(MEGABYTES), peak(1)
+    assert high - before > (MEGABYTES - 8) * 2**20
+    assert high - after > (MEGABYTES - 8) * 2**20, "a peak from before the block"
+
+
+def test_peak_memory_of_systems_that_do_not_tell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cost, "_PROCESS", tmp_path / "nothing")
+    with peak_memory() as peak:
+        pass
+    assert peak == PeakMemory()
+    monkeypatch.setattr(cost, "_PROCESS", tmp_path)
+    (tmp_path / "status").write_text("VmPeak:\t  99 kB\nVmHWM:\t  12 kB\nVmRSS:\t   7 kB\n")
+    with peak_memory() as peak:
+        assert (tmp_path / "clear_refs").read_text() == "5"
+    assert peak == PeakMemory(resident=12 * 1024)
+
+
+def test_peak_memory_of_all_gpus_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocated, reserved, emptied = {0: 500, 1: 500}, {0: 900, 1: 900}, []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(dict(allocated)))
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda i: (allocated.update({i: 10}), reserved.update({i: 20}))
+    )
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", allocated.__getitem__)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", reserved.__getitem__)
+    with peak_memory() as peak:
+        assert emptied == [{0: 500, 1: 500}], "blocks are given back before the peaks are reset"
+        allocated[1], reserved[0] = 70, 80
+    assert (peak.allocated, peak.reserved) == (10 + 70, 80 + 20)
 
 
 def test_guided_calls_see_two_rows_a_sample() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from diffaccel.samplers import config as boundary
 from diffaccel.samplers.exponential import ExponentialAdams
@@ -127,6 +127,8 @@ def scheduler(
     chosen = parse_schedule(schedule) if schedule is not None else named_schedule
     if named_schedule is not None and chosen != named_schedule:
         raise ValueError(f"{solver!r} names schedule {named_schedule!r}, and schedule= another one, {schedule!r}")
+    if final not in get_args(Final):
+        raise ValueError(f"final must be {', '.join(get_args(Final))}, not {final!r}")
     if "solver_options" in options:
         raise ValueError("pass the solver's options by themselves, such as eta=0.5, not as solver_options=")
     cls, keys = _class_keys(name, flow)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,30 @@ def load(name: str, **kwargs: Any) -> Any:
 
     folder = path(name)
     kwargs.setdefault("dtype", torch.float32)
-    if name == "emoji-clip":
-        from transformers import CLIPModel, CLIPProcessor
+    with quiet_loading():
+        if name == "emoji-clip":
+            from transformers import CLIPModel, CLIPProcessor
 
-        return CLIPModel.from_pretrained(folder, **kwargs).eval(), CLIPProcessor.from_pretrained(folder)
-    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+            return CLIPModel.from_pretrained(folder, **kwargs).eval(), CLIPProcessor.from_pretrained(folder)
+        from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-    if name == "emoji-oms":
-        return UNet2DConditionModel.from_pretrained(folder, **kwargs).eval()
-    return StableDiffusionPipeline.from_pretrained(folder, **kwargs)
+        if name == "emoji-oms":
+            return UNet2DConditionModel.from_pretrained(folder, **kwargs).eval()
+        return StableDiffusionPipeline.from_pretrained(folder, **kwargs)
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without the progress bars of Transformers and Diffusers: what is in the package is loaded in no time."""
+    import diffusers
+    import transformers
+
+    loggers: tuple[Any, ...] = (transformers.utils.logging, diffusers.utils.logging)
+    shown = [logger for logger in loggers if logger.is_progress_bar_enabled()]
+    for logger in shown:
+        logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger in shown:
+            logger.enable_progress_bar()

@@ -171,3 +171,8 @@ def test_solver_options_are_keywords_of_the_factory():
         diffaccel.scheduler("dpmpp_2m", CONFIG, solver_options={"eta": 0.5})
     with pytest.raises(TypeError, match="must be a dict"):
         diffaccel.SolverScheduler(solver_options="heun")
+
+
+def test_an_unknown_end_is_refused_when_it_is_named():
+    with pytest.raises(ValueError, match="final must be zero, sigma_min, corrector, not 'banana'"):
+        diffaccel.scheduler("dpmpp_2m", CONFIG, final="banana")  # type: ignore[arg-type]
