@@ -42,7 +42,7 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/pip install -e ".[test]"
+	$(BIN)/pip install -e ".[test,oracles]"
 	touch $@
 
 clean:

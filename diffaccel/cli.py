@@ -1,4 +1,4 @@
-"""The command line: `diffaccel demo`, `diffaccel sample`, `diffaccel list`."""
+"""The command line: `diffaccel demo`, `diffaccel sample`, `diffaccel eval`, `diffaccel list`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,14 +18,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("diffaccel: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError, torch.OutOfMemoryError) as error:
         print(f"diffaccel: error: {error}", file=sys.stderr)
-        return 2
+        return getattr(error, "exit_code", 2)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     from diffaccel import __version__
+    from diffaccel.eval.command_line import add_eval
 
     parser = argparse.ArgumentParser(prog="diffaccel", description="Fast Diffusers pipelines, measured.")
     parser.add_argument("--version", action="version", version=f"diffaccel {__version__}")
@@ -51,6 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32 on the CPU")
     sample.add_argument("--output", type=Path, default=Path("diffaccel-samples"), help="folder for the pictures")
     sample.set_defaults(run=_sample)
+
+    add_eval(commands)
 
     names = commands.add_parser("list", help="names of solvers, schedules and their aliases")
     names.set_defaults(run=_list)

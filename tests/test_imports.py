@@ -62,6 +62,22 @@ def test_sampler_core_imports_one_way():
                 assert all(LAYERS.index(part) < position for part in parts), (name, parts)
 
 
+def test_evaluation_imports_one_way():
+    """Numbers know no networks, networks no files of a run, reports neither."""
+    above = {
+        "statistics": ("networks", "runs", "reports"),
+        "networks": ("runs", "reports"),
+        "reports": ("networks", "runs"),
+    }
+    above["runs"] = ("reports",)
+    for name, forbidden in above.items():
+        for file in (PACKAGE / "eval" / name).glob("*.py"):
+            text = file.read_text()
+            assert not [other for other in forbidden if f"diffaccel.eval.{other}" in text], file
+    for file in (PACKAGE / "eval" / "statistics").glob("*.py"):
+        assert "import torch" not in file.read_text(), file
+
+
 def test_mathematics_imports_no_torch():
     for name in LAYERS:
         if name in ("row", "scheduler", "named", "catalog"):  # tensors, or the adapter and its names

@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import diffaccel
 from diffaccel.eval.fidelity import latent_mse
+from diffaccel.eval.files import save_tensors
 
 DENOISING_PARTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
 
@@ -122,7 +123,7 @@ def converged_reference(
             for pair, latents, error in zip(batch, twice, latent_mse(once, twice), strict=True):
                 found[pair] = {"latents": latents.clone(), "error": error.clone()}
                 if files:
-                    _save(found[pair], files[pair])
+                    save_tensors(found[pair], files[pair])
             bar.update(len(batch))
     latents, errors = (torch.stack([found[pair][key] for pair in pairs]) for key in ("latents", "error"))
     return Reference(latents, errors, pairs)
@@ -196,11 +197,3 @@ def weights_hash(pipe: Any, parts: Sequence[str] = DENOISING_PARTS) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _save(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write under a temporary name and rename: a file that is there is whole, also with several processes at work."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    save_file(tensors, temporary)
-    os.replace(temporary, file)

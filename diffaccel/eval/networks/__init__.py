@@ -1,0 +1,1 @@
+"""Feature networks: pictures to numbers, each with its weights and its resize protocol."""

@@ -1,0 +1,1 @@
+"""Tables, plots and picture grids, as files."""

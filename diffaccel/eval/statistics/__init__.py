@@ -1,0 +1,1 @@
+"""Numbers from features: NumPy only, no network, no file of pictures."""
