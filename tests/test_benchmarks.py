@@ -10,12 +10,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from diffaccel import zoo
 from diffaccel.cost import network_calls
+from diffaccel.eval import callable_extractor, frechet, load_reference
 from tests.tiny import sd
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -270,3 +272,32 @@ def test_field_guide_chooses_by_the_screening_and_scores_beside_diffusers(
     text = (tmp_path / "solvers_emoji-sd.md").read_text()
     assert f"| 8 | ours | {known[1]} | 1.50e-01 | 0.50 [0.50, 0.50] |" in text
     assert "| 1.000 | 1 |" in text  # one pair dropped, whose reference is not exact
+
+
+def test_frechet_end_to_end(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    try:
+        text = bench("frechet").main(["--dim", "48", "--repetitions", "1", "--output", str(tmp_path)])
+    finally:
+        torch.set_num_threads(threads)
+    assert (tmp_path / "frechet.md").read_text() == text
+    ours = [line for line in text.splitlines() if line.startswith("| ours")]
+    assert len(ours) == 3
+    assert all(abs(float(line.split("|")[-2])) < 1e-10 for line in ours)
+
+
+def test_cifar10_fid_reports_by_number_of_pictures(
+    bench: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = bench("cifar10_fid")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(module, "COUNTS", (100, 200))
+    extractor = callable_extractor(lambda x: x.flatten(1)[:, :8], name="toy", dim=8, size=4)
+    train, test = (np.random.default_rng(seed).standard_normal((200, 8)) for seed in (0, 1))
+    for split, values in (("train", train), ("test", test)):
+        module.save_moments_small(values, module.moments_file(split, len(values), extractor), extractor)
+    text = module.section("clean", train, test, extractor)
+    assert f"| 200 | 200 | {frechet(train, test):.4f} |" in text
+    assert "| 100 | 200 |" in text
+    reference = load_reference(module.moments_file("test", 200, extractor), extractor)
+    assert frechet(train, reference.gaussian) == pytest.approx(frechet(train, test), abs=1e-6)

@@ -10,13 +10,24 @@ from nbclient import NotebookClient
 from PIL import Image
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-PICTURES = {"swap_scheduler": 3, "solvers": 4}  # that a notebook draws
+PICTURES = {"swap_scheduler": 3, "solvers": 4, "fid_table": 3}  # that a notebook draws
 
 
 def test_swap_scheduler_draws_its_grid(tmp_path):
     command = [sys.executable, str(EXAMPLES / "swap_scheduler.py"), "--steps", "3", "--output", "grid.png"]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=300)
     assert Image.open(tmp_path / "grid.png").height > 400
+
+
+def test_fid_table_writes_the_report(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "fid_table.py"), "--num", "6", "--rows", "2", "--timed-runs", "1"]
+    done = subprocess.run(command, cwd=tmp_path, check=True, timeout=300, capture_output=True, text=True)
+    table = (tmp_path / "fid-table" / "report.md").read_text()
+    assert "DDIM 20" in table
+    assert "FD[emoji-clip]" in table
+    assert "FID" not in table
+    assert table.strip() in done.stdout
+    assert (tmp_path / "fid-table" / "report.html").stat().st_size > 20_000
 
 
 @pytest.mark.slow
