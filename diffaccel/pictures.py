@@ -40,13 +40,13 @@ def labelled_grid(
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG under a temporary name and rename it, so that no half-written file is ever seen."""
-    scratch = path.with_name(f".{path.name}.part")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
     picture.save(scratch, format="PNG")
     os.replace(scratch, path)
 
 
 def save_text(text: str, path: Path) -> None:
     """Write a text file under a temporary name and rename it."""
-    scratch = path.with_name(f".{path.name}.part")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
     scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)

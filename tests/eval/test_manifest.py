@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -97,7 +98,7 @@ def test_what_changes_a_forward_is_another_job() -> None:
     """Caching, token merging, FreeU: in no weight and no config, and what this suite is there to measure."""
 
     def additions(change: Callable[[Any], Any]) -> str:
-        pipe, _ = toy.pipeline("sd")
+        pipe = copy.deepcopy(toy.pipeline("sd")[0])  # the toys are shared by all tests
         change(pipe)
         return job_of(pipe, toy.PROMPTS, num=2, seed=0, batch=2, latents=False, call={})["additions"]
 

@@ -14,7 +14,7 @@ from diffaccel.eval.runs.shards import run_shards, shard_ranges
 def as_process(monkeypatch: pytest.MonkeyPatch):
     def set_process(index: int, count: int) -> None:
         state = SimpleNamespace(process_index=index, num_processes=count, is_main_process=index == 0, device="cuda:1")
-        monkeypatch.setattr(shards, "PartialState", lambda: state)
+        monkeypatch.setattr(shards, "PartialState", lambda cpu: state)
 
     return set_process
 

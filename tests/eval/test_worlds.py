@@ -21,7 +21,7 @@ LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 
 def launched(processes: int, out: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *LAUNCH, str(processes), "-m", "tests.eval.toy", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
 

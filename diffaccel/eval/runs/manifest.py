@@ -18,7 +18,7 @@ from diffaccel.cost import processor
 from diffaccel.eval.errors import DataError, ProtocolMismatch
 from diffaccel.eval.reference import DENOISING_PARTS, weights_hash
 from diffaccel.eval.runs.prompts import Prompt, prompts_hash
-from diffaccel.eval.runs.shards import SHARD, is_first_process
+from diffaccel.eval.runs.shards import SHARD, is_first_process, process_count
 from diffaccel.pictures import save_text
 
 JOB_KEYS = {"prompts", "num", "seed", "seed_rule", "latents"}  # what readers of a run rely on
@@ -114,7 +114,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "device": device,
         "threads": torch.get_num_threads(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": process_count(),
     }
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
@@ -41,7 +42,7 @@ def run_shards(
         progress: show it.
         poll_seconds: how often to look whether the others have finished.
     """
-    state = PartialState()
+    state = _state()
     done = [is_done(k) for k in range(len(ranges))]
     counts = [len(indices) for indices in ranges]
     own = [k for k in range(state.process_index, len(ranges), state.num_processes) if not done[k]]
@@ -62,10 +63,22 @@ def run_shards(
 
 def process_device() -> str | None:
     """The device of this process where `accelerate launch` has started several; None otherwise."""
-    state = PartialState()
-    return str(state.device) if state.num_processes > 1 else None
+    state = _state()
+    if state.num_processes == 1:
+        return None
+    return str(state.device).removesuffix(":0") if str(state.device).startswith("cpu") else str(state.device)
 
 
 def is_first_process() -> bool:
     """Whether this process is the one that prints and writes what there is once."""
-    return PartialState().is_main_process
+    return _state().is_main_process
+
+
+def process_count() -> int:
+    """How many processes share the work."""
+    return _state().num_processes
+
+
+def _state() -> PartialState:
+    # Without an accelerator it must be told so: else every process of `torchrun` takes itself for the only one.
+    return PartialState(cpu=not torch.accelerator.is_available())
