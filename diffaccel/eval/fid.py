@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from diffaccel.eval.images import Alpha, list_pictures
+from diffaccel.eval.measures import frechet_by_groups
 from diffaccel.eval.networks.extractor import Extractor
 from diffaccel.eval.runs.features import extract
 from diffaccel.eval.runs.reference_set import load_reference
-from diffaccel.eval.statistics.frechet import frechet
-from diffaccel.eval.statistics.jackknife import GROUPS, Estimate, jackknife
+from diffaccel.eval.statistics.jackknife import GROUPS, Estimate, Replicates
 from diffaccel.eval.statistics.mmd import kid_full
-from diffaccel.eval.statistics.moments import Moments
 
 T_95 = 2.09  # Student's t, 19 degrees of freedom
 
@@ -93,12 +92,9 @@ def fid(
     features = extract(a, extractor, alpha=alpha, skip_bad=skip_bad, progress=progress)["features"].astype(np.float64)
     reference = load_reference(b, extractor, alpha=alpha, skip_bad=skip_bad, progress=progress)
     n, d = features.shape
-    parts = [part for part in np.array_split(features, min(GROUPS, n)) if len(part)]
-    groups = parts if n <= d else [Moments.of(part) for part in parts]  # few pictures: the exact low-rank path
-    if n < 2 * GROUPS:
-        distance = Estimate(frechet(features, reference.gaussian), n=n)
-    else:
-        distance = jackknife(lambda x: frechet(x, reference.gaussian), groups)
+    groups = [] if n < 2 * GROUPS else [part.tolist() for part in np.array_split(np.arange(n), GROUPS)]
+    found = frechet_by_groups(features, groups, reference.gaussian)
+    distance = found.estimate() if isinstance(found, Replicates) else found
     kernel = None if reference.features is None else kid_full(features, reference.features["features"])
     deficient = min(n, reference.n) <= d
     skipped = _listed(a) - n + (_listed(b) - reference.n if Path(b).is_dir() else 0) if skip_bad else 0

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from diffaccel.eval.networks.extractor import Extractor
 from diffaccel.eval.reports.table import Better, Column
 from diffaccel.eval.runs.reference_set import ReferenceSet
-from diffaccel.eval.statistics.frechet import frechet, gaussian
+from diffaccel.eval.statistics.frechet import Gaussian, frechet, gaussian
 from diffaccel.eval.statistics.inception_score import inception_score
 from diffaccel.eval.statistics.jackknife import Estimate, Replicates, replicates
 from diffaccel.eval.statistics.mmd import cmmd, cmmd_unbiased, cmmd_unbiased_replicates, kid_full, kid_full_replicates
@@ -77,6 +77,13 @@ def _frechet(features: Features, groups: Sequence[Sequence[int]], reference: Ref
         if reference.features is None or name not in reference.features:
             return f"the reference has no {name} features"
         target = gaussian(reference.features[name])
+    return frechet_by_groups(values, groups, target)
+
+
+def frechet_by_groups(
+    values: NDArray[np.float64], groups: Sequence[Sequence[int]], target: Gaussian
+) -> Replicates | Estimate:
+    """Frechet distance of features (N, d) and, where the groups allow it, without each of them."""
     if not _jackknifed(groups):
         return Estimate(frechet(values, target), n=len(values))
     parts = [values[list(group)] for group in groups]

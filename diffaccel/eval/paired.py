@@ -17,10 +17,9 @@ from diffaccel.eval.images import read_picture, to_floats
 from diffaccel.eval.reports.table import Better, Column
 from diffaccel.eval.runs.run import Run, check_pairs, jackknife_groups
 from diffaccel.eval.runs.shards import shard_ranges
-from diffaccel.eval.statistics.jackknife import Estimate, replicates
+from diffaccel.eval.statistics.jackknife import GROUPS, Estimate, replicates
 
 Array = NDArray[np.float64]
-GROUPS = 20
 
 
 @dataclass(frozen=True)

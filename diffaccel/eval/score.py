@@ -28,7 +28,7 @@ from diffaccel.eval.measure_names import (
 from diffaccel.eval.measures import SET_MEASURES, Features, Outcome, SetMeasure
 from diffaccel.eval.networks.clip import clip_score
 from diffaccel.eval.networks.extractor import Extractor
-from diffaccel.eval.paired import GROUPS, PAIRED_MEASURES, average, compare_latents, compare_pictures
+from diffaccel.eval.paired import PAIRED_MEASURES, average, compare_latents, compare_pictures
 from diffaccel.eval.protocol import comparable, protocol_of, protocol_text
 from diffaccel.eval.reports.table import Column, Row, Table, Value, delta_column
 from diffaccel.eval.runs.features import extract
@@ -36,7 +36,7 @@ from diffaccel.eval.runs.manifest import digest
 from diffaccel.eval.runs.reference_set import ReferenceSet, load_reference
 from diffaccel.eval.runs.run import Run, jackknife_groups
 from diffaccel.eval.ssim import ssim
-from diffaccel.eval.statistics.jackknife import Replicates
+from diffaccel.eval.statistics.jackknife import GROUPS, Replicates
 
 Array = NDArray[np.float64]
 

@@ -1,4 +1,4 @@
-"""How pictures get to the size that a network sees. The filter moves FID more than most acceleration methods do.
+"""How pictures get to the size that a network sees. The filter is part of what FID measures.
 
 A protocol is a function uint8 (N, 3, H, W), size -> float32 (N, 3, size, size) in [0, 255], on the device of the
 pictures. Each follows one program exactly, so that its numbers can be compared with that program's:
