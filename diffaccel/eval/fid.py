@@ -84,7 +84,8 @@ def fid(
     """Distance of the pictures in `a` to those in `b`, which may also be a file (`load_reference`).
 
     The jackknife leaves out a twentieth of `a` at a time, with `b` as it is: value, error and correction are for other
-    draws of `a`. The bias that the size of `b` brings stays in all of them.
+    draws of `a`. The bias that the size of `b` brings stays in all of them. All this is for sets drawn independently:
+    of two runs with the same noise the plain distance has less bias, and the correction takes too much off.
 
     Raises:
         DataError: if a folder has fewer than 2 pictures, or damaged ones.
