@@ -4,6 +4,8 @@
 from diffusers.models.modeling_utils import ModelMixin as ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 
+from typing import Any
+
 from diffaccel import zoo as zoo
 from diffaccel.portable import register_loadable, save_pretrained
 from diffaccel.samplers.catalog import scheduler
@@ -55,6 +57,18 @@ __all__ = [
     "scheduler",
     "zoo",
 ]
+
+
+
+def __getattr__(name: str) -> Any:
+    """Classes of pruned networks, made when Diffusers asks for one: importing the networks takes seconds."""
+    if name.startswith("Pruned"):
+        from diffaccel.pruning import models
+
+        if name in models.NAMES:
+            return models.pruned_class(models.NAMES[name])
+    raise AttributeError(f"module 'diffaccel' has no attribute {name!r}")
+
 
 # Saved pipelines name a class by its module: the short name lets files move (`["diffaccel", "DPMSolverScheduler"]`).
 for _cls in NAMED:

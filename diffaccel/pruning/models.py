@@ -1,0 +1,46 @@
+"""Subclasses of Diffusers' networks whose config also has the widths that a stock config cannot say.
+
+They open as any other: `from_pretrained`, in a whole pipeline, in half precision, sharded, quantised, once `diffaccel` is
+imported. A subclass, not a quantiser (ecosystem.md B7): less private API, and a quantised pipeline still loads.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+from diffaccel.pruning.families import FAMILIES
+from diffaccel.pruning.structure import apply_structure
+
+NAMES = {f"Pruned{stock.__name__}": stock for stock in FAMILIES}
+
+
+@cache
+def pruned_class(stock: type) -> type:
+    """`PrunedUNet2DConditionModel` for `UNet2DConditionModel`, and so on."""
+
+    def __init__(self: Any, *args: Any, pruned_structure: dict[str, Any] | None = None, **config: Any) -> None:  # noqa: N807
+        stock.__init__(self, *args, **config)
+        apply_structure(self, pruned_structure or {})
+        self.register_to_config(pruned_structure=pruned_structure)
+
+    # Diffusers reads the keys of a config from the signature; any that is not there would be dropped.
+    signature = inspect.signature(stock.__init__)
+    extra = inspect.Parameter("pruned_structure", inspect.Parameter.KEYWORD_ONLY, default=None)
+    __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), extra])  # type: ignore[attr-defined]
+    doc = f"A `{stock.__name__}` with fewer heads, neurons, channels or blocks: `pruned_structure` says how many."
+    members = {"__init__": __init__, "__doc__": doc, "__module__": "diffaccel", "stock": stock}
+    kind = type(f"Pruned{stock.__name__}", (stock,), members)
+    _scale_loras_alike(stock, kind)
+    return kind
+
+
+def _scale_loras_alike(stock: type, kind: type) -> None:
+    """Diffusers looks up by class name how LoRA scales per block are read; private, so that it may be missing."""
+    try:
+        from diffusers.loaders.peft import _SET_ADAPTER_SCALE_FN_MAPPING as scales
+    except ImportError:
+        return
+    if stock.__name__ in scales:
+        scales[kind.__name__] = scales[stock.__name__]

@@ -1,0 +1,148 @@
+"""What is removed from a network, as a small file: `pruning_plan.json`, beside `config.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from diffaccel.pictures import save_text
+from diffaccel.pruning.families import stock_class
+from diffaccel.pruning.find import find_groups
+from diffaccel.pruning.groups import DEPTH, Group, Groups
+
+FILE, FORMAT = "pruning_plan.json", 1
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Removed units of a network, by group.
+
+    Attributes:
+        model: name of the stock class of Diffusers.
+        config: config of the network that the plan is for.
+        fingerprint: SHA-256 of the names and shapes of its parameters.
+        units: number of units of every group that loses some.
+        removed: indices of the removed units, ascending; (0,) for a group of depth.
+        facts: how it came about: criterion, budget, target, costs before and after, ...
+    """
+
+    model: str
+    config: dict[str, Any]
+    fingerprint: str
+    units: dict[str, int]
+    removed: dict[str, tuple[int, ...]]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, removed: Mapping[str, Sequence[int]], facts: Mapping[str, Any] | None = None
+    ) -> PruningPlan:
+        """Plan that removes units of `model`: indices by the name of the group (`find_groups`).
+
+        Raises:
+            ValueError: if a group is not known, a unit is not in it, or nothing is removed.
+        """
+        groups = find_groups(model)
+        chosen = {name: tuple(sorted({int(unit) for unit in units})) for name, units in removed.items()}
+        chosen = {name: units for name, units in chosen.items() if units}
+        if not chosen:
+            raise ValueError("a plan that removes nothing; name units of groups of find_groups(model)")
+        _check_units(groups, chosen)
+        ordered = {name: chosen[name] for name in groups.found if name in chosen}
+        config = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}  # type: ignore[call-overload]
+        units = {name: groups.found[name].units for name in ordered}
+        return cls(stock_class(model).__name__, config, fingerprint(model), units, ordered, dict(facts or {}))
+
+    def check(self, model: nn.Module) -> Groups:
+        """The groups of `model`, if this plan is for a network of its structure.
+
+        Raises:
+            ValueError: if it is for another one.
+        """
+        name = stock_class(model).__name__
+        if name != self.model:
+            raise ValueError(f"this plan is for a {self.model}, the network is a {name}; make a plan for it")
+        groups = find_groups(model)
+        if fingerprint(model) != self.fingerprint:
+            lost = next((group for group, count in self.units.items() if _units(groups, group) != count), None)
+            detail = f", for example {lost} ({self.units[lost]} units in the plan, {_units(groups, lost)} here)" if lost else ""
+            raise ValueError(f"this plan is for a {name} of another structure{detail}; make a plan for this one")
+        _check_units(groups, self.removed)  # a module that has a LoRA by now, ...
+        return groups
+
+    def gone(self, groups: Groups) -> list[Group]:
+        """Modules that are left out whole, without those inside of others (a ResNet's body leaves its shortcut)."""
+        removed = [groups.found[name] for name in self.removed]
+        depth = [group for group in removed if group.kind in DEPTH and not group.sites]
+        return [group for group in depth if not any(other.contains(group) for other in depth)]
+
+    def save(self, path: str | Path) -> Path:
+        """Write it as JSON; a folder gets a `pruning_plan.json`. Units are written as runs: "0-3,7"."""
+        file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+        groups = {name: {"units": self.units[name], "removed": _runs(units)} for name, units in self.removed.items()}
+        model = {"class": self.model, "fingerprint": self.fingerprint, "config": self.config}
+        content = {"format": FORMAT, "model": model, "facts": self.facts, "groups": groups}
+        save_text(json.dumps(content, indent=1, default=list) + "\n", file)
+        return file
+
+    @classmethod
+    def load(cls, path: str | Path) -> PruningPlan:
+        """Read a plan: a file, or the folder it lies in.
+
+        Raises:
+            ValueError: if there is none, or it is damaged.
+        """
+        file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            model, groups = content["model"], content["groups"]
+            removed = {name: _from_runs(group["removed"]) for name, group in groups.items()}
+            units = {name: int(group["units"]) for name, group in groups.items()}
+            if content["format"] != FORMAT:
+                raise ValueError(f"format {content['format']}, and this version reads {FORMAT}")
+            return cls(model["class"], model["config"], model["fingerprint"], units, removed, content["facts"])
+        except FileNotFoundError:
+            raise ValueError(f"there is no plan {file}; `diffaccel prune` writes one beside config.json") from None
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{file} is no pruning plan ({error})") from None
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the names and shapes of a network's parameters: its structure, not its weights."""
+    lines = sorted(f"{name} {tuple(parameter.shape)}" for name, parameter in model.named_parameters())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _units(groups: Groups, name: str) -> int:
+    return groups.found[name].units if name in groups.found else 0
+
+
+def _check_units(groups: Groups, removed: Mapping[str, Sequence[int]]) -> None:
+    for name, units in removed.items():
+        if name not in groups.found:
+            module = next((at for at in groups.refused if name == at or name.startswith(at + ".")), None)
+            reason = groups.refused[module] if module else "there is no such group; find_groups(model).found has them"
+            raise ValueError(f"cannot remove units of {name}: {reason}")
+        if bad := [unit for unit in units if not 0 <= unit < groups.found[name].units]:
+            raise ValueError(f"{name} has units 0 to {groups.found[name].units - 1}, not {bad[0]}")
+
+
+def _runs(units: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for unit in units:
+        if runs and unit == runs[-1][1] + 1:
+            runs[-1][1] = unit
+        else:
+            runs.append([unit, unit])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _from_runs(text: str) -> tuple[int, ...]:
+    ends = [run.split("-") for run in text.split(",")]
+    return tuple(unit for end in ends for unit in range(int(end[0]), int(end[-1]) + 1))

@@ -1,0 +1,189 @@
+"""Writing a pruned checkpoint: a folder that appears whole, after it was opened again and gave the same outputs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from diffaccel.pictures import save_text
+from diffaccel.pruning.checkpoint import Checkpoint, load_model
+from diffaccel.pruning.gates import Fill
+from diffaccel.pruning.inputs import example_inputs
+from diffaccel.pruning.plan import PruningPlan
+from diffaccel.pruning.surgery import mask
+
+PROBE_SIDE = 16  # latents of the comparison; less where the network is made for less
+# Relative difference between the cut and the masked network: rounding only. They sum in another order.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Check:
+    """What the comparison of outputs before and after saving found.
+
+    Attributes:
+        reload: largest relative difference (norms) of the network read from the disk to the one in memory.
+        mask: the same to the original network with a mask; None if the original was not at hand.
+        stock: whether the folder opens without diffaccel.
+    """
+
+    reload: float
+    mask: float | None
+    stock: bool
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, that takes the place of `target` when the block ends well and is gone if it does not.
+
+    Raises:
+        ValueError: if there is something at `target` already, other than an empty folder.
+    """
+    target = target.resolve()
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not empty; choose a new folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        (scratch / "new").mkdir()
+        yield scratch / "new"
+        if target.is_dir():
+            target.rmdir()
+        (scratch / "new").rename(target)
+    except SafetensorError as error:  # no OSError: a full disk, most of the time
+        raise OSError(f"writing {target} failed: {error}; nothing was left there") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_checkpoint(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    plan: PruningPlan,
+    output: str | Path,
+    *,
+    original: nn.Module | None = None,
+    fill: Fill | None = None,
+    extra: Callable[[Path, Check], None] | None = None,
+    max_shard_size: str = "10GB",
+) -> Check:
+    """Write `model` as the denoiser of a copy of `checkpoint`, with its plan, open it again and compare.
+
+    The other parts of a pipeline are copied file by file. Weights are stored in the type they had.
+
+    Args:
+        checkpoint: what was pruned.
+        model: what `cut` returned.
+        plan: goes beside its `config.json` as `pruning_plan.json`.
+        output: a folder that does not exist yet, or is empty.
+        original: the network before; with it the comparison covers the cut as well.
+        fill: as given to `cut`.
+        extra: writes further files (a report) into the folder before it appears.
+        max_shard_size: larger models are saved in several files.
+
+    Raises:
+        ValueError: if `output` is not empty, or the outputs differ (then nothing is written).
+        OSError: if the disk is full (then nothing is written either).
+    """
+    with new_folder(Path(output)) as folder:
+        inside = folder / checkpoint.component
+        if checkpoint.component:
+            _copy_others(checkpoint, folder)
+        stored: Any = nn.Module.to(model, checkpoint.dtype)  # Diffusers' own warns of modules that none of these has
+        stored.save_pretrained(inside, max_shard_size=max_shard_size, variant=checkpoint.variant)
+        plan.save(inside)
+        _readable(inside)
+        if checkpoint.component:
+            _name_class(folder, checkpoint.component, stored)
+        check = _compare(inside, checkpoint, stored, plan, original, fill)
+        if extra:
+            extra(folder, check)
+    return check
+
+
+def _copy_others(checkpoint: Checkpoint, folder: Path) -> None:
+    for entry in checkpoint.folder.iterdir():
+        if entry.name == checkpoint.component or entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, folder / entry.name)
+        else:
+            shutil.copyfile(entry, folder / entry.name)
+    for entry in folder.rglob("*"):  # a checkpoint may be read-only, the copy is the user's
+        entry.chmod(entry.stat().st_mode | 0o200)
+
+
+def _readable(folder: Path) -> None:
+    """Give files the permissions that new files have here: safetensors writes for the owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~umask)
+
+
+def _name_class(folder: Path, component: str, model: nn.Module) -> None:
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    library = "diffusers" if _is_stock(model) else "diffaccel"
+    index[component] = [library, type(model).__name__]
+    save_text(json.dumps(index, indent=2) + "\n", folder / "model_index.json")
+
+
+def _is_stock(model: nn.Module) -> bool:
+    return not hasattr(type(model), "stock")
+
+
+@torch.no_grad()
+def _compare(
+    folder: Path, checkpoint: Checkpoint, model: Any, plan: PruningPlan, original: Any, fill: Fill | None
+) -> Check:
+    inputs = example_inputs(model, size=_probe_side(model), dtype=checkpoint.dtype)
+    expected = _output(model, inputs)
+    if not expected.isfinite().all():
+        raise ValueError(f"the pruned network returns NaN or infinity in {checkpoint.dtype}; nothing was written")
+    again: Any = load_model(folder, dtype=checkpoint.dtype, variant=checkpoint.variant)
+    reload = _difference(_output(again.to(model.device), inputs), expected)
+    del again
+    masked = None
+    if original is not None:
+        before = original.dtype
+        if before == checkpoint.dtype:
+            with mask(original, plan, fill):
+                masked = _difference(expected, _output(original, inputs))
+        else:  # the cut was made in another type than it is stored in: compare in that one
+            wide = example_inputs(original, size=_probe_side(model))
+            with mask(original, plan, fill):
+                masked = _difference(_output(model, example_inputs(model, size=_probe_side(model))), _output(original, wide))
+    tolerance = TOLERANCE[checkpoint.dtype]
+    if reload > TOLERANCE[torch.float32] or (masked or 0.0) > tolerance:
+        raise ValueError(
+            f"the pruned network does not compute what it should (after reading it again it is off by {reload:.1e}, from the "
+            f"masked original by {masked or 0.0:.1e}, allowed {tolerance:.0e}); nothing was written, please report it"
+        )
+    return Check(reload, masked, _is_stock(model))
+
+
+def _probe_side(model: Any) -> int | None:
+    side = getattr(model.config, "sample_size", None)
+    return min(side, PROBE_SIDE) if isinstance(side, int) else PROBE_SIDE
+
+
+def _output(model: Any, inputs: dict[str, Any]) -> Tensor:
+    training = model.training
+    output = model.eval()(**inputs, return_dict=False)[0].float()
+    model.train(training)
+    return output
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a.to(b.device) - b).norm() / b.norm().clamp_min(1e-30))
