@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
@@ -21,7 +22,7 @@ PLACES = {  # by what stands in a group's name behind that of its row
     "heads": (BLUE, "heads of attentions"),
     "attn.heads": (BLUE, "heads of attentions over image and text"),
     "attn1.heads": (BLUE, "heads of self-attentions"),
-    "attn2.heads": (SKY, "heads of second attentions: over the text, or (SD 3.5) over the image alone"),
+    "attn2.heads": (SKY, "heads of second attentions: to the text (in SD 3.5 to the image)"),
     "ff.neurons": (ORANGE, "neurons of feed-forward layers"),
     "neurons": (ORANGE, "neurons of feed-forward layers"),
     "ff_context.neurons": (PURPLE, "neurons of the text's feed-forward layers"),
@@ -45,10 +46,10 @@ class _Bar:
 
 @dataclass(frozen=True)
 class _Row:
-    """A ResNet, an attention or a transformer block; `gone`: removed whole."""
+    """A ResNet, an attention or a transformer block; `gone` is what to say of one that is removed whole."""
 
     name: str
-    gone: bool
+    gone: str
     bars: list[_Bar]
 
 
@@ -83,7 +84,7 @@ def draw(model: nn.Module, plan: PruningPlan, costs: Costs) -> Image.Image:
     stages = _stages(groups, plan, costs)
     rows = [row for stage in stages.values() for row in stage]
     scale = LONGEST / max((bar.cost for row in rows for bar in row.bars), default=1.0)
-    panels = _panels(stages, costs, scale)
+    panels = {name: _panel(name, rows, costs, scale) for name, rows in stages.items()}
     left = planned(costs, list(groups.values()), plan.removed)
     head = _head(plan.model, costs, left, rows)
     depth = len(getattr(model, "down_blocks", ()))
@@ -116,20 +117,20 @@ def stage_of(module: str) -> str:
 
 def _stages(groups: Mapping[str, Group], plan: PruningPlan, costs: Costs) -> dict[str, list[_Row]]:
     """Rows by stage, in the order in which they are called."""
-    gone = tuple(f"{at}." for name in plan.removed if groups[name].kind in DEPTH for at in groups[name].modules)
+    gone = {at: name for name in plan.removed if groups[name].kind in DEPTH for at in groups[name].modules}
     rows: dict[str, _Row] = {}
     for group in groups.values():
         if group.kind not in (*WIDTH, "block"):
             continue
         name = _row_of(group.modules[0])
-        row = rows.setdefault(name, _Row(name, f"{name}.".startswith(gone), []))
+        by = {gone[at] for at in gone if f"{name}.".startswith(f"{at}.")}
+        told = "all but the shortcut removed" if by == {f"{name}.body"} else "removed"
+        row = rows.setdefault(name, _Row(name, told if by else "", []))
         if group.kind in WIDTH:
-            kept, curve = group.units - len(plan.removed.get(group.name, ())), costs.kept[group.name]
-            cost, left = (
-                max(0.0, float(curve[count] - curve[0])) for count in (group.units, kept)
-            )  # latency has noise
-            place = group.name.removeprefix(f"{name}.")
-            row.bars.append(_Bar(place, group.units, kept, cost, 0.0 if row.gone else min(left, cost)))
+            kept = group.units - len(plan.removed.get(group.name, ()))
+            curve = np.maximum(costs.kept[group.name] - costs.kept[group.name][0], 0.0)  # latency has noise
+            cost, left = float(curve[-1]), 0.0 if row.gone else float(min(curve[kept], curve[-1]))
+            row.bars.append(_Bar(group.name.removeprefix(f"{name}."), group.units, kept, cost, left))
     stages: dict[str, list[_Row]] = {}
     for name in sorted(rows, key=_order):
         stages.setdefault(stage_of(name), []).append(rows[name])
@@ -151,37 +152,23 @@ def _order(row: str) -> tuple[bool, list[int], bool, list[int]]:
 def _label(row: str) -> str:
     """`attention 0 block 3`."""
     words = row.removeprefix(f"{stage_of(row)}.").replace("transformer_blocks", "blocks").split(".")
-    return " ".join(
-        word if word.isdigit() else word.removesuffix("s") for word in (["block"] * (len(words) == 1) + words)
-    )
+    words = ["blocks", *words] if len(words) == 1 else words
+    return " ".join(word.removesuffix("s") for word in words)
 
 
-def _panels(stages: Mapping[str, list[_Row]], costs: Costs, scale: float) -> dict[str, _Panel]:
-    """Stages of a U-Net have common columns; on the way up, rows run from the bottom to the top."""
-    every = [row for rows in stages.values() for row in rows]
-    panels = {}
-    for name, rows in stages.items():
-        columns, width = _columns(rows if name.endswith("transformer_blocks") else every, scale)
-        cost, left = (sum(getattr(bar, key) for row in rows for bar in row.bars) for key in ("cost", "left"))
-        change = f"{amount(costs, cost)}, {left / cost:.0%} left" if cost else "nothing to prune"
-        panels[name] = _Panel(f"{name}: {change}", rows[:: -1 if name.startswith("up_blocks") else 1], columns, width)
-    return panels
-
-
-def _columns(rows: Sequence[_Row], scale: float) -> tuple[dict[str, int], int]:
-    """Left edge of each place's bars, and the right edge of all; a bar that is alone in its row begins the row."""
+def _panel(name: str, rows: list[_Row], costs: Costs, scale: float) -> _Panel:
+    """Each place has a column; a bar that is alone in its row begins the row. On the way up the rows run upwards."""
     columns: dict[str, int] = {}
-    end = start = INDENT + GAP + max(round(_font(12).getlength(_label(row.name))) for row in rows)
+    end = start = INDENT + GAP + max(_wide(_label(row.name), 12) for row in rows)
     for several in (True, False):
         bars = [bar for row in rows for bar in row.bars if (len(row.bars) > 1) == several]
         for place in dict.fromkeys(bar.place for bar in bars):
-            extent = GAP + max(_extent(bar, scale) for bar in bars if bar.place == place)
-            end = max(end, columns.setdefault(place, end if several else start) + extent)
-    return columns, end
-
-
-def _extent(bar: _Bar, scale: float) -> int:
-    return round(bar.cost * scale + 4 + _font(11).getlength(bar.number))
+            ends = [bar.cost * scale + _wide(bar.number, 11) for bar in bars if bar.place == place]
+            end = max(end, columns.setdefault(place, end if several else start) + round(max(ends)) + 4 + GAP)
+    cost, left = (sum(getattr(bar, key) for row in rows for bar in row.bars) for key in ("cost", "left"))
+    title = f"{name}: {amount(costs, cost)}, {left / cost:.0%} left" if cost else name
+    ordered = rows[::-1] if name.startswith("up_blocks") else rows
+    return _Panel(title, ordered, columns, max(end, _wide(title, 14)))
 
 
 def _height(panel: _Panel) -> int:
@@ -215,21 +202,16 @@ def _head(model: str, costs: Costs, left: float, rows: Sequence[_Row]) -> Image.
     image = Image.new("RGB", (700, 9 * LINE + LINE * len(places)), "white")
     pen = ImageDraw.Draw(image)
     pen.text((0, 0), model, fill=INK, font=_font(20))
-    text = f"{amount(costs, costs.total)} before, {amount(costs, left)} after: {left / costs.total:.1%}"
-    pen.text((0, 28), text, fill=INK, font=_font(14))
+    change = f"{amount(costs, costs.total)} before, {amount(costs, left)} after: {left / costs.total:.1%}"
+    pen.text((0, 28), change, fill=INK, font=_font(14))
     _draw_bar(pen, (0, 50), 400, 400 * left / costs.total, INK)
-    y = 74
+    y = 72
     pen.text((0, y), f"Length of a bar: its {measure}; filled: what is kept; number: units.", fill=INK, font=_font(12))
+    y += 4
     for text, colour in {PLACES[place][1]: PLACES[place][0] for place in PLACES if place in places}.items():
         y += LINE
         _draw_bar(pen, (0, y), 40, 26, colour)
         pen.text((50, y + BAR / 2), text, fill=INK, font=_font(12), anchor="lm")
-    if any(row.gone for row in rows):
-        y += LINE
-        pen.line((0, y + BAR // 2, 40, y + BAR // 2), fill=LOST, width=2)
-        pen.text(
-            (50, y + BAR / 2), "removed whole (of a ResNet all but the shortcut)", fill=INK, font=_font(12), anchor="lm"
-        )
     return image.crop((0, 0, image.width, y + 2 * LINE))
 
 
@@ -242,18 +224,19 @@ def _draw_panel(pen: ImageDraw.ImageDraw, panel: _Panel, corner: tuple[int, int]
     pen.line((x + 4, top, x + 4, bottom), fill=GREY)
     pen.polygon([(x + 4, tip), (x, base), (x + 8, base)], fill=GREY)
     for i, row in enumerate(panel.rows):
-        y, middle, colour = top + LINE * i, top + LINE * i + BAR // 2, GREY if row.gone else INK
-        end = x + INDENT + _font(12).getlength(_label(row.name))
-        pen.text((x + INDENT, middle), _label(row.name), fill=colour, font=_font(12), anchor="lm")
+        y, middle = top + LINE * i, top + LINE * i + BAR // 2
+        pen.text((x + INDENT, middle), _label(row.name), fill=INK, font=_font(12), anchor="lm")
+        end = start = x + min(panel.columns.values(), default=LONGEST)
         for bar in row.bars:
             left = x + panel.columns[bar.place]
+            end = left + round(bar.cost * scale) + 4
             _draw_bar(pen, (left, y), bar.cost * scale, bar.left * scale, PLACES[bar.place][0])
-            end = left + bar.cost * scale
             if not row.gone:
                 colour = GREY if bar.kept == bar.units else INK
-                pen.text((end + 4, middle), bar.number, fill=colour, font=_font(11), anchor="lm")
+                pen.text((end, middle), bar.number, fill=colour, font=_font(11), anchor="lm")
         if row.gone:
-            pen.line((x + INDENT - 3, middle, end + 4, middle), fill=LOST, width=2)
+            pen.line((start, middle, end - 4, middle), fill=LOST)
+            pen.text((end, middle), row.gone, fill=LOST, font=_font(11), anchor="lm")
 
 
 def _draw_bar(pen: ImageDraw.ImageDraw, corner: tuple[int, int], length: float, filled: float, colour: str) -> None:
@@ -267,3 +250,8 @@ def _draw_bar(pen: ImageDraw.ImageDraw, corner: tuple[int, int], length: float, 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
+
+
+def _wide(text: str, size: int) -> int:
+    """Width in pixels."""
+    return round(_font(size).getlength(text))
