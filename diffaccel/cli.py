@@ -1,4 +1,4 @@
-"""The command line: `diffaccel demo`, `diffaccel sample`, `diffaccel eval`, `diffaccel list`."""
+"""The command line: `diffaccel demo`, `diffaccel sample`, `diffaccel eval`, `diffaccel prune`, `diffaccel list`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from diffaccel import __version__
     from diffaccel.eval.command_line import add_eval
+    from diffaccel.pruning.command_line import add_prune
 
     parser = argparse.ArgumentParser(prog="diffaccel", description="Fast Diffusers pipelines, measured.")
     parser.add_argument("--version", action="version", version=f"diffaccel {__version__}")
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.set_defaults(run=_sample)
 
     add_eval(commands)
+    add_prune(commands)
 
     names = commands.add_parser("list", help="names of solvers, schedules and their aliases")
     names.set_defaults(run=_list)

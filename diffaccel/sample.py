@@ -21,7 +21,7 @@ def load_pipeline(model: str, device: str | None = None, dtype: str | None = Non
     if model in ("emoji-clip", "emoji-oms"):
         what = "a feature extractor" if model == "emoji-clip" else "the network of one more step"
         raise ValueError(f"{model} is {what} and makes no pictures; use emoji-sd")
-    device = device or _best_device()
+    device = device or best_device()
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("there is no CUDA device here; use --device cpu")
     kind = getattr(torch, dtype) if dtype else (torch.float32 if device == "cpu" else torch.float16)
@@ -68,7 +68,8 @@ def sample(
     return paths
 
 
-def _best_device() -> str:
+def best_device() -> str:
+    """The device there is: "cuda", else "mps", else "cpu"."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -170,7 +170,7 @@ def _keys(state: Mapping[str, Tensor], original: nn.Module) -> dict[str, Key]:
     if unknown := [name for name in keys if name not in known]:
         raise ValueError(
             f"{len(unknown)} keys of this LoRA cannot be remapped: {unknown[0]} is no low-rank matrix of a layer of "
-            f"the {kind} of the plan (LoKr, LoHa, fused projections and trained norms are not); fuse it before you prune"
+            f"the {kind} of the plan (not LoKr, LoHa, fused projections, trained norms); fuse it before you prune"
         )
     return known
 

@@ -31,9 +31,21 @@ def pruned_class(stock: type) -> type:
     __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), extra])  # type: ignore[attr-defined]
     doc = f"A `{stock.__name__}` with fewer heads, neurons, channels or blocks: `pruned_structure` says how many."
     members = {"__init__": __init__, "__doc__": doc, "__module__": "diffaccel", "stock": stock}
+    if hasattr(stock, "_load_ip_adapter_weights"):
+        members["_load_ip_adapter_weights"] = _load_ip_adapter_weights
     kind = type(f"Pruned{stock.__name__}", (stock,), members)
     _scale_loras_alike(stock, kind)
     return kind
+
+
+def _load_ip_adapter_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refuse an IP-Adapter where heads or attentions are gone: its keys would be cut into wrong heads, silently."""
+    structure = self.config.pruned_structure or {}
+    if structure.get("removed") or any(name.endswith(".heads") for name in structure.get("kept", ())):
+        raise ValueError(
+            "an IP-Adapter is for all heads and blocks of the original; prune only neurons or channels for it"
+        )
+    return self.stock._load_ip_adapter_weights(self, *args, **kwargs)
 
 
 def _scale_loras_alike(stock: type, kind: type) -> None:

@@ -60,7 +60,7 @@ class _Panel:
     title: str
     rows: list[_Row]
     columns: Mapping[str, int]
-    width: int
+    size: tuple[int, int]
 
 
 def draw(model: nn.Module, plan: PruningPlan, costs: Costs) -> Image.Image:
@@ -83,14 +83,13 @@ def draw(model: nn.Module, plan: PruningPlan, costs: Costs) -> Image.Image:
         raise ValueError(f"no cost for {missing[0]}; make the costs of all groups that find_groups(model) finds")
     stages = _stages(groups, plan, costs)
     rows = [row for stage in stages.values() for row in stage]
-    scale = LONGEST / max((bar.cost for row in rows for bar in row.bars), default=1.0)
+    scale = LONGEST / (max((bar.cost for row in rows for bar in row.bars), default=0.0) or 1.0)
     panels = {name: _panel(name, rows, costs, scale) for name, rows in stages.items()}
     left = planned(costs, list(groups.values()), plan.removed)
     head = _head(plan.model, costs, left, rows)
-    depth = len(getattr(model, "down_blocks", ()))
-    spots = _u_shape(panels, depth) if depth else _side_by_side(panels)
-    width = max(head.width, *(x + panels[name].width for name, (x, _) in spots.items()))
-    height = head.height + max(y + _height(panels[name]) for name, (_, y) in spots.items())
+    spots = _spots(panels, depth=len(getattr(model, "down_blocks", ())))
+    width = max(head.width, *(x + panels[name].size[0] for name, (x, _) in spots.items()))
+    height = head.height + max(y + panels[name].size[1] for name, (_, y) in spots.items())
     sheet = Image.new("RGB", (width + 2 * MARGIN, height + 2 * MARGIN), "white")
     sheet.paste(head, (MARGIN, MARGIN))
     for name, (x, y) in spots.items():
@@ -165,40 +164,34 @@ def _panel(name: str, rows: list[_Row], costs: Costs, scale: float) -> _Panel:
         for place in dict.fromkeys(bar.place for bar in bars):
             ends = [bar.cost * scale + _wide(bar.number, 11) for bar in bars if bar.place == place]
             end = max(end, columns.setdefault(place, end if several else start) + round(max(ends)) + 4 + GAP)
+    for row in rows:
+        if row.gone and row.bars:
+            bar = row.bars[-1]
+            end = max(end, columns[bar.place] + round(bar.cost * scale) + 4 + _wide(row.gone, 11))
     cost, left = (sum(getattr(bar, key) for row in rows for bar in row.bars) for key in ("cost", "left"))
     title = f"{name}: {amount(costs, cost)}, {left / cost:.0%} left" if cost else name
     ordered = rows[::-1] if name.startswith("up_blocks") else rows
-    return _Panel(title, ordered, columns, max(end, _wide(title, 14)))
+    return _Panel(title, ordered, columns, (max(end, _wide(title, 14)), LINE * (len(rows) + 2)))
 
 
-def _height(panel: _Panel) -> int:
-    return LINE * (len(panel.rows) + 2)
-
-
-def _u_shape(panels: Mapping[str, _Panel], depth: int) -> dict[str, tuple[int, int]]:
-    """Each stage beside its mirror image, the middle below."""
-    width = max(panel.width for panel in panels.values())
+def _spots(panels: Mapping[str, _Panel], depth: int) -> dict[str, tuple[int, int]]:
+    """Corners: each stage of a U-Net beside its mirror image, the middle below; lists of blocks side by side."""
+    width = max(panel.size[0] for panel in panels.values()) + 2 * MARGIN
+    if not depth:
+        lists = [name for name in ("transformer_blocks", "single_transformer_blocks") if name in panels]
+        return {name: (i * width, 0) for i, name in enumerate(lists)}
     spots, y = {}, 0
     for i in range(depth):
         pair = [name for name in (f"down_blocks.{i}", f"up_blocks.{depth - 1 - i}") if name in panels]
-        spots |= {name: (0 if name.startswith("down") else width + 2 * MARGIN, y) for name in pair}
-        y += max((_height(panels[name]) for name in pair), default=0)
-    return spots | ({"mid_block": ((width + 2 * MARGIN) // 2, y)} if "mid_block" in panels else {})
-
-
-def _side_by_side(panels: Mapping[str, _Panel]) -> dict[str, tuple[int, int]]:
-    spots, x = {}, 0
-    for name in ("transformer_blocks", "single_transformer_blocks"):
-        if name in panels:
-            spots[name] = (x, 0)
-            x += panels[name].width + 2 * MARGIN
-    return spots
+        spots |= {name: (0 if name.startswith("down") else width, y) for name in pair}
+        y += max((panels[name].size[1] for name in pair), default=0)
+    return spots | ({"mid_block": (width // 2, y)} if "mid_block" in panels else {})
 
 
 def _head(model: str, costs: Costs, left: float, rows: Sequence[_Row]) -> Image.Image:
     """Name, costs before and after with a bar, and what lengths and colours mean."""
     places = {bar.place for row in rows for bar in row.bars}
-    measure = {"macs": "MACs", "parameters": "parameters", "latency": "time"}[costs.measure]
+    measure = "time" if costs.measure == "latency" else costs.measure.replace("macs", "MACs")
     image = Image.new("RGB", (700, 9 * LINE + LINE * len(places)), "white")
     pen = ImageDraw.Draw(image)
     pen.text((0, 0), model, fill=INK, font=_font(20))

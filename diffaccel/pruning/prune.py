@@ -91,12 +91,13 @@ def propose(
     target: float,
     *,
     criterion: str = "magnitude",
-    budget: str = "uniform",
+    budget: str = "knapsack",
     cost: str = "macs",
     kinds: Sequence[str] = WIDTH,
     calibration: Calibration | None = None,
     inputs: Mapping[str, Any] | None = None,
     seed: int = 0,
+    facts: Mapping[str, Any] | None = None,
 ) -> Proposal:
     """Choose what to remove, and remove nothing yet.
 
@@ -112,6 +113,7 @@ def propose(
         calibration: calls of the network (`record`, `random_calls`), for the criteria that look at activations.
         inputs: arguments of a call of the network, for the costs; default: one sample of the size in its config.
         seed: of "random" and "taylor".
+        facts: what else the plan is to tell.
 
     Raises:
         TypeError: for a network of another class.
@@ -127,7 +129,7 @@ def propose(
     removed = allocate(groups, scores, counted, target, budget)  # type: ignore[arg-type]
     if not removed:
         raise ValueError(f"a target of {target} removes nothing; choose a lower one")
-    facts = {
+    chosen = {
         "criterion": criterion,
         "budget": budget,
         "cost": cost,
@@ -137,10 +139,10 @@ def propose(
         "diffaccel": diffaccel.__version__,
     }
     if criterion in CALIBRATED and calibration:
-        facts |= {"calls": len(calibration.calls), "calls_from": calibration.source}
+        chosen |= {"calls": len(calibration.calls), "calls_from": calibration.source}
     losing = [group for group in groups if group.name in removed and group.sites]
     fill = means(model, losing, calibration) if criterion == "flap" and calibration and losing else {}
-    return Proposal(PruningPlan.of(model, removed, facts), fill, counted, groups)
+    return Proposal(PruningPlan.of(model, removed, chosen | dict(facts or {})), fill, counted, groups)
 
 
 def count_macs(model: nn.Module, inputs: Mapping[str, Any]) -> int:

@@ -33,6 +33,7 @@ def nested(rng, noisy):
     groups = [
         width("down.t.b0.attn", 3),
         width("down.t.b0.ff", 5, step=2, kind="neurons"),
+        depth("out.b"),
         depth("down.t.b0"),
         width("down.t.b1.ff", 3, step=2, kind="neurons"),
         depth("down.t.b1"),
@@ -40,7 +41,6 @@ def nested(rng, noisy):
         width("down.r", 2, kind="channels"),
         depth("down.r", "resnet"),
         depth("layer", "layer", ("down.t", "down.r")),
-        depth("out.b"),
     ]
     kept: dict[str, np.ndarray] = {}
     for group in groups:
@@ -79,7 +79,7 @@ def total(scores, plan):
 def test_knapsack_is_the_best_of_every_plan(seed, noisy):
     rng = np.random.default_rng(seed)
     groups, costs, scores = nested(rng, noisy)
-    groups = groups[:3] + groups[5:]  # 17 thousand plans
+    groups = groups[:4] + groups[6:]  # 17 thousand plans
     cost, score = every_plan(groups, costs, scores)
     reachable = cost.min() / costs.total
     for target in np.append(np.linspace(0.99, reachable + 1e-6, 20), rng.choice(cost, 20) / costs.total):
@@ -168,8 +168,10 @@ def test_units_that_cost_no_score_go_only_as_far_as_needed():
 @pytest.mark.parametrize("method", METHODS)
 def test_of_equal_scores_the_first_units_go(method):
     group = width("f", 640, step=64, kind="neurons")
-    costs, scores = network([group], [(group, 10.0)], [(group, 1.0)])
-    assert allocate([group], scores, costs, 0.8, method) == {"f.neurons": tuple(range(128))}
+    values = np.random.default_rng(0).integers(1, 3, 640)
+    costs, scores = network([group], [(group, 10.0)], [(group, values)])
+    plan = allocate([group], scores, costs, 0.8, method)
+    assert plan == {"f.neurons": tuple(np.flatnonzero(values == 1)[:128])}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -209,11 +211,11 @@ def test_uniform_takes_the_same_share_everywhere():
 
 
 def test_uniform_shares_blocks_among_those_that_save():
-    heads, dead, *blocks = width("a", 4), depth("dead"), depth("b0"), depth("b1")
+    heads, dead, *blocks = width("a", 12), depth("dead"), depth("b0"), depth("b1")
     groups = [heads, dead, *blocks]
-    saved = [(heads, 4.0), (dead, [1, 1]), (blocks[0], 4.0), (blocks[1], 4.0)]
+    saved = [(heads, 12.0), (dead, [1, 1]), (blocks[0], 4.0), (blocks[1], 4.0)]
     costs, scores = network(groups, saved, [(heads, 1), (dead, 0), (blocks[0], 1), (blocks[1], 2)])
-    assert allocate(groups, scores, costs, 1 - 6 / 13, "uniform") == {"a.heads": (0, 1), "b0": (0,)}
+    assert allocate(groups, scores, costs, 1 - 10 / 21, "uniform") == {"a.heads": (0, 1, 2, 3, 4, 5), "b0": (0,)}
 
 
 def test_uniform_lets_places_keep_a_step_that_the_target_does_not_need():
@@ -249,10 +251,10 @@ def test_global_ranks_by_score_per_cost():
 
 
 def test_global_sees_behind_a_step_that_saves_little():
-    stepped, plain = width("s", 3), width("p", 8)
-    saved = [(stepped, [0, 9.8, 9.9, 10]), (plain, 8.0)]
-    costs, scores = network([stepped, plain], saved, [(stepped, 1), (plain, 1)])
-    assert allocate([stepped, plain], scores, costs, 8 / 18, "global") == {"s.heads": (0, 1, 2)}
+    stepped, block = width("s", 3), depth("b")
+    groups = [stepped, block]
+    costs, scores = network(groups, [(stepped, [0, 9.8, 9.9, 10]), (block, 20.0)], [(stepped, 1), (block, 100)])
+    assert allocate(groups, scores, costs, 2 / 3, "global") == {"s.heads": (0, 1, 2)}
 
 
 def test_global_puts_back_what_the_last_and_largest_made_unnecessary():
@@ -270,10 +272,11 @@ def test_global_puts_back_what_the_last_and_largest_made_unnecessary():
 
 @pytest.mark.parametrize("method", ["global", "knapsack"])
 def test_a_block_that_saves_less_than_its_parts_hides_no_target(method):
-    heads, block = width("b.a", 2), depth("b")
-    costs = Costs("latency", 5.0, {"b.a.heads": np.array([0, 2.0, 4]), "b": np.array([0, 3.0])})
-    scores = {"b.a.heads": np.ones(2), "b": np.full(1, 9.0)}
-    assert allocate([heads, block], scores, costs, 0.2, method) == {"b.a.heads": (0, 1)}
+    heads, block, outside = width("b.a", 2), depth("b"), width("o", 4)
+    groups = [heads, block, outside]
+    saved = [(heads, 4.0), (block, 3.0), (outside, 0.4)]
+    costs, scores = network(groups, saved, [(heads, 1), (block, 9), (outside, [1, 2, 3, 4])], rest=2)
+    assert allocate(groups, scores, costs, 1 - 4 / 5.4, method) == {"b.a.heads": (0, 1)}
 
 
 def test_global_drops_what_is_inside_a_block_that_goes():

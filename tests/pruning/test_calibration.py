@@ -34,9 +34,11 @@ def test_a_recorded_call_gives_what_the_pipeline_saw(kind: str) -> None:
     finally:
         handle.remove()
     assert len(kept) == len(seen) == 3
+    learned_variance = 2 if kind in ("dit", "pixart") else 1
     for call, output in zip(kept, seen, strict=True):
         with torch.no_grad():
             replayed = run(network, call)
+        assert output.shape[1] == learned_variance * replayed.shape[1]
         torch.testing.assert_close(replayed, output[:, : replayed.shape[1]], rtol=0, atol=0)
 
 
@@ -96,11 +98,22 @@ def test_what_does_not_change_is_kept_once_and_what_changes_is_copied() -> None:
 def test_the_pipeline_is_left_as_it_was() -> None:
     pipe, arguments = tiny.sd()
     before = dict(pipe._progress_bar_config)
-    record(pipe, [arguments], calls=1, steps=1)
-    with pytest.raises(ZeroDivisionError):
-        record(pipe, [{**arguments, "callback_on_step_end": lambda *_: 1 / 0}], calls=1, steps=1)
-    assert pipe._progress_bar_config == before
+    pipe.set_progress_bar_config(disable=False, desc="mine")
+    try:
+        record(pipe, [arguments], calls=1, steps=1)
+        with pytest.raises(ZeroDivisionError):
+            record(pipe, [{**arguments, "callback_on_step_end": lambda *_: 1 / 0}], calls=1, steps=1)
+        assert pipe._progress_bar_config == {"disable": False, "desc": "mine"}
+    finally:
+        pipe.set_progress_bar_config(**before)
     assert not pipe.unet._forward_pre_hooks
+
+
+def test_nothing_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, arguments = tiny.sd()
+    arguments.pop("output_type")
+    monkeypatch.setattr(pipe.vae, "decode", lambda *_, **__: pytest.fail("the VAE was called"))
+    record(pipe, [arguments], calls=1, steps=1)
 
 
 def test_recorded_in_inference_mode_and_still_differentiable() -> None:

@@ -196,6 +196,34 @@ def test_activation_of_a_joint_block_counts_both_streams() -> None:
         assert criteria.activation(Outer(), [group], given)["block"].item() == expected
 
 
+def test_activation_of_a_layer_on_the_way_up_is_taken_from_the_features_without_the_skip() -> None:
+    class Up(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :2] + 3
+
+    class Outer(nn.Module):
+        config = SimpleNamespace(in_channels=3)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.up = nn.Parameter(torch.ones(1)), Up()
+
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            return (self.up(torch.cat([x, 5 * x[:, :1]], 1)),)
+
+    group = Group("layer", "layer", 1, ("up",))
+    assert criteria.activation(Outer(), [group], calls(torch.ones(2, 3, 4, 4)))["layer"].item() == 2 * 16 * 9
+
+
+@pytest.mark.parametrize("name", criteria.CALIBRATED)
+def test_dropout_does_not_disturb(name: str) -> None:
+    net = Net()
+    net.blocks[0] = nn.Dropout(0.5)
+    given = calls(tiny.noise(2, 4, 6))
+    scores = [criteria.score(name, net.train(mode), [SINGLE], given)[SINGLE.name] for mode in (True, False)]
+    np.testing.assert_array_equal(scores[0], scores[1])
+
+
 def test_a_module_without_residual_is_no_depth() -> None:
     with pytest.raises(ValueError, match="last has no residual"):
         criteria.activation(Net(), [Group("last", "block", 1, ("last",))], calls(tiny.noise(1, 2, 6)))

@@ -47,7 +47,7 @@ def allocate(
         method: how the removal is shared out.
 
     Returns:
-        Units to remove, ascending, by name of the group, in the order of the network; groups that lose nothing of
+        Units to remove, ascending, by name of the group, in the order of `groups`; groups that lose nothing of
         their own are left out. The cost is at most `target * costs.total`, up to rounding (1e-12 of the total).
 
     Raises:
@@ -72,7 +72,8 @@ def allocate(
             f"these groups bring the {costs.measure} down to {lowest:.4f} of the network's at best, not to {target:g}; "
             "raise the target or allow more kinds of groups"
         )
-    return removed(nodes, picks)
+    plan = removed(nodes, picks)
+    return {group.name: plan[group.name] for group in groups if group.name in plan}
 
 
 def _check(groups: Sequence[Group], scores: dict[str, Floats], costs: Costs) -> None:

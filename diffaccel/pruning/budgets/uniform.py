@@ -14,7 +14,7 @@ def uniform(nodes: Sequence[Node], needed: float) -> list[int]:
 
     A width group loses its lowest-scored units, a depth kind its lowest-scored blocks. No place loses more than the
     share: counts are rounded down to whole steps, a place of few units falls behind until a whole one is due, and
-    nothing goes entirely before the share is 1. What is inside a block that goes needs no share of its own.
+    nothing but blocks goes entirely before the share is 1. What is inside a block that goes needs no share of its own.
 
     Many places may be due for their next step at the same share, as all attentions with 8 heads are. Those that are
     not needed for the target keep it, the most expensive first.
@@ -22,6 +22,8 @@ def uniform(nodes: Sequence[Node], needed: float) -> list[int]:
     ranks = _ranks(nodes)
     shares = [ranks.get(node.group.name, node.counts / node.group.units) for node in nodes]
     before, picks = up_to_level(nodes, shares, needed)
+    if saving(nodes, picks) < needed:
+        return picks  # out of reach
     due = [i for i in range(len(nodes)) if before[i] != picks[i]]
     for i in sorted(due, key=lambda i: nodes[i].saved[before[i]] - nodes[i].saved[picks[i]]):
         fewer = [*picks[:i], before[i], *picks[i + 1 :]]

@@ -1,0 +1,98 @@
+"""Is a pruned network as much faster as it is smaller? Wall clock against MACs, full-size shapes, random weights.
+
+    python benchmarks/prune_speed.py --model sd15 dit --rounds 5
+
+Whole and cut networks take turns in one process: whole, cut, cut, ..., whole, cut, ...; every cut call is divided by the whole
+call of its round. Written to `benchmarks/results/prune_speed.md`. What is cut is random (`criterion="random"`): with random
+weights there is nothing to choose by, and speed depends on shapes alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import diffusers
+import torch
+
+from diffaccel.cost import parameters, processor
+from diffaccel.pictures import save_text
+from diffaccel.pruning import DEPTH, WIDTH, example_inputs, prune
+
+RESULTS = Path(__file__).parent / "results"
+SD15 = {"sample_size": 64, "cross_attention_dim": 768}
+DIT_XL = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 28,
+    "sample_size": 32,
+}
+MODELS: dict[str, tuple[str, Any]] = {
+    "sd15": ("SD 1.5, 64x64 latents, batch 1", lambda: diffusers.UNet2DConditionModel(**SD15)),
+    "dit": ("DiT-XL/2, 32x32 latents, batch 1", lambda: diffusers.DiTTransformer2DModel(**DIT_XL)),
+}
+WAYS = {"width": WIDTH, "depth": DEPTH, "both": WIDTH + DEPTH}
+TARGETS = (0.85, 0.7, 0.5)
+
+
+@torch.inference_mode()
+def seconds(model: Any, inputs: dict[str, Any]) -> float:
+    begin = time.perf_counter()
+    model(**inputs)
+    return time.perf_counter() - begin
+
+
+def measure(name: str, rounds: int) -> list[str]:
+    title, make = MODELS[name]
+    torch.manual_seed(0)
+    whole = make().eval()
+    inputs = example_inputs(whole)
+    cuts = {}
+    for way, kinds in WAYS.items():
+        for target in TARGETS:
+            try:
+                cuts[way, target] = prune(whole, target, criterion="random", kinds=kinds)
+            except ValueError as error:
+                print(f"{name}, {way}, {target}: {error}")
+    for network in (whole, *(cut.model for cut in cuts.values())):
+        seconds(network, inputs)  # kernels are chosen and memory is taken in the first call
+    times: dict[Any, list[float]] = {key: [] for key in (None, *cuts)}
+    for i in range(rounds):
+        print(f"{name}: round {i + 1} of {rounds}", flush=True)
+        for key in times:
+            times[key].append(seconds(whole if key is None else cuts[key].model, inputs))
+    lines = [f"## {title}", "", f"{parameters(whole) / 1e6:.0f} M parameters, {median(times[None]):.2f} s a call.", ""]
+    lines += ["| cut | target | parameters | MACs | time | min, max | time / MACs |", "|---|--:|--:|--:|--:|--:|--:|"]
+    for (way, target), cut in cuts.items():
+        ratios = [own / base for own, base in zip(times[way, target], times[None], strict=True)]
+        share, macs = median(ratios), cut.macs[1] / cut.macs[0]
+        size = cut.parameters[1] / cut.parameters[0]
+        spread = f"{min(ratios):.3f}, {max(ratios):.3f}"
+        lines.append(f"| {way} | {target} | {size:.3f} | {macs:.3f} | {share:.3f} | {spread} | {share / macs:.2f} |")
+    return [*lines, ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS / "prune_speed.md")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    lines = ["# Pruned networks: time against MACs", ""]
+    lines += [f"`python benchmarks/prune_speed.py`: shares of the whole network, median of {args.rounds} rounds in one run, "]
+    lines += [f"{args.threads} threads of {processor()}, float32, torch {torch.__version__}. Random weights.", ""]
+    for name in args.model:
+        lines += measure(name, args.rounds)
+    save_text("\n".join(lines), args.out)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
