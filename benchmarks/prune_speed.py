@@ -15,27 +15,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import diffusers
 import torch
 
+from full_size import ARCHITECTURES, random_network
 from diffaccel.cost import parameters, processor
 from diffaccel.pictures import save_text
 from diffaccel.pruning import DEPTH, WIDTH, example_inputs, prune
 
 RESULTS = Path(__file__).parent / "results"
-SD15 = {"sample_size": 64, "cross_attention_dim": 768}
-DIT_XL = {
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
-    "in_channels": 4,
-    "out_channels": 8,
-    "num_layers": 28,
-    "sample_size": 32,
-}
-MODELS: dict[str, tuple[str, Any]] = {
-    "sd15": ("SD 1.5, 64x64 latents, batch 1", lambda: diffusers.UNet2DConditionModel(**SD15)),
-    "dit": ("DiT-XL/2, 32x32 latents, batch 1", lambda: diffusers.DiTTransformer2DModel(**DIT_XL)),
-}
+MODELS = {"sd15": "64x64 latents", "dit": "32x32 latents"}
 WAYS = {"width": WIDTH, "depth": DEPTH, "both": WIDTH + DEPTH}
 TARGETS = (0.85, 0.7, 0.5)
 
@@ -48,9 +36,7 @@ def seconds(model: Any, inputs: dict[str, Any]) -> float:
 
 
 def measure(name: str, rounds: int) -> list[str]:
-    title, make = MODELS[name]
-    torch.manual_seed(0)
-    whole = make().eval()
+    whole = random_network(name)
     inputs = example_inputs(whole)
     cuts = {}
     for way, kinds in WAYS.items():
@@ -66,7 +52,7 @@ def measure(name: str, rounds: int) -> list[str]:
         print(f"{name}: round {i + 1} of {rounds}", flush=True)
         for key in times:
             times[key].append(seconds(whole if key is None else cuts[key].model, inputs))
-    lines = [f"## {title}", "", f"{parameters(whole) / 1e6:.0f} M parameters, {median(times[None]):.2f} s a call.", ""]
+    lines = [f"## {ARCHITECTURES[name][0]}, {MODELS[name]}, batch 1", "", f"{parameters(whole) / 1e6:.0f} M parameters, {median(times[None]):.2f} s a call.", ""]
     lines += ["| cut | target | parameters | MACs | time | min, max | time / MACs |", "|---|--:|--:|--:|--:|--:|--:|"]
     for (way, target), cut in cuts.items():
         ratios = [own / base for own, base in zip(times[way, target], times[None], strict=True)]
@@ -86,7 +72,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     lines = ["# Pruned networks: time against MACs", ""]
-    lines += [f"`python benchmarks/prune_speed.py`: shares of the whole network, median of {args.rounds} rounds in one run, "]
+    lines += [
+        f"`python benchmarks/prune_speed.py`: shares of the whole network, median of {args.rounds} rounds in one run, "
+    ]
     lines += [f"{args.threads} threads of {processor()}, float32, torch {torch.__version__}. Random weights.", ""]
     for name in args.model:
         lines += measure(name, args.rounds)

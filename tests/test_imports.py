@@ -48,9 +48,8 @@ def test_import_loads_no_third_party_module_that_diffusers_does_not():
 
 def test_import_leaves_evaluation_and_cli_out():
     loaded = modules_after("import diffaccel")
-    assert not {
-        m for m in loaded if m.startswith(("diffaccel.eval", "diffaccel.cost", "diffaccel.demo", "diffaccel.cli"))
-    }
+    heavy = ("diffaccel.eval", "diffaccel.pruning", "diffaccel.cost", "diffaccel.demo", "diffaccel.cli")
+    assert not {m for m in loaded if m.startswith(heavy)}
 
 
 def test_sampler_core_imports_one_way():
@@ -76,6 +75,25 @@ def test_evaluation_imports_one_way():
             assert not [other for other in forbidden if f"diffaccel.eval.{other}" in text], file
     for file in (PACKAGE / "eval" / "statistics").glob("*.py"):
         assert "import torch" not in file.read_text(), file
+
+
+def test_pruning_and_evaluation_do_not_know_each_other():
+    for folder, other in (("pruning", "eval"), ("eval", "pruning")):
+        for file in (PACKAGE / folder).rglob("*.py"):
+            assert f"diffaccel.{other}" not in file.read_text(), file
+
+
+def test_pruning_imports_one_way():
+    """Groups know no network, parts no plan, a cut no choice of what to cut, and nothing of it the disk."""
+    order = ["groups", "numbering", "parts", "families", "find", "gates", "structure", "models", "plan", "surgery"]
+    choosing = ["inputs", "calibration", "criteria", "costs", "budgets"]
+    ending = ["prune", "checkpoint", "write", "picture", "report", "lora", "command", "command_line"]
+    for position, name in enumerate(order):
+        above = order[position + 1 :] + choosing + ending
+        path = PACKAGE / "pruning" / name
+        for file in path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
+            text = file.read_text()
+            assert not [other for other in above if f"diffaccel.pruning.{other} " in text], file
 
 
 def test_mathematics_imports_no_torch():

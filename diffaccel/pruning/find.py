@@ -55,7 +55,7 @@ def find_groups(model: nn.Module) -> Groups:
 
 
 def _width(name: str, module: Any) -> list[Group]:
-    if isinstance(module, FluxSingleTransformerBlock) and isinstance(module.attn, FluxAttention):
+    if isinstance(module, FluxSingleTransformerBlock):
         return heads_and_neurons(name, module)
     if isinstance(module, FluxAttention) and module.pre_only:
         return []  # its columns are in the block's `proj_out`: see above

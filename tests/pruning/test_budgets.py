@@ -144,6 +144,13 @@ def test_thinned_fronts_reach_all_that_can_be_saved(monkeypatch, seed):
     assert [len(units) for units in plan.values()] == [4] * 6
 
 
+def test_a_thinned_front_keeps_the_cheapest_plan_that_suffices(monkeypatch):
+    monkeypatch.setattr(knapsack, "LIMIT", 4)
+    saved, score = np.array([1, 2, 9.9, 10, 20, 50]), np.array([1, 2, 4, 5, 6, 100.0])
+    assert list(knapsack._best(saved, score, 10.0, 0.0)) == [0, 2, 3]
+    assert list(knapsack._best(saved, score, 10.0, 2.0)) == [1, 2, 3]  # 2 for 2 rather than 1 for 1
+
+
 def test_knapsack_takes_a_block_whole_where_its_parts_lose_more():
     block, attn, ff = depth("b"), width("b.attn", 2), width("b.ff", 2, kind="neurons")
     groups = [attn, ff, block]

@@ -98,6 +98,34 @@ def test_depth_alone_with_width_and_once_more(name, kind, start):
         cut_and_compare(smaller, inputs, again)
 
 
+REAL = {
+    "sd15": lambda: diffusers.UNet2DConditionModel(
+        sample_size=64,
+        cross_attention_dim=768,
+        block_out_channels=(320, 640),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ),
+    "dit": lambda: diffusers.DiTTransformer2DModel(out_channels=8, num_layers=2),
+    "pixart": lambda: diffusers.PixArtTransformer2DModel(caption_channels=4096, sample_size=128, num_layers=2),
+    "sd3": lambda: diffusers.SD3Transformer2DModel(
+        num_layers=2, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192
+    ),
+    "flux": lambda: diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, joint_attention_dim=1024),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+def test_real_widths(name):
+    """The widths of the checkpoints that people prune, with fewer blocks; all kinds of width, half of everything."""
+    torch.manual_seed(0)
+    model = REAL[name]().eval()
+    inputs = example_inputs(model, size=16, text_length=8)
+    removed = {group.name: range(0, group.units, 2) for group in find_groups(model).of("heads", "neurons", "channels")}
+    cut_and_compare(model, inputs, removed)
+
+
 STOCK = {
     "sd15": [{"down_blocks.1.layer.1": [0]}, {"mid_block": [0]}, {"mid_block.attentions.0.transformer_blocks.0": [0]}],
     "deep_sd15": [{"down_blocks.0.layer.1": [0], "down_blocks.0.layer.2": [0], "down_blocks.1.layer.2": [0]}],

@@ -29,6 +29,13 @@ def ranking(nodes: Sequence[Node], needed: float) -> list[int]:
     return put_back(nodes, picks, needed)
 
 
+def price(nodes: Sequence[Node], needed: float) -> float:
+    """Score per cost of the last that goes when `needed` is saved; 0 if nothing can go."""
+    slopes = [_hull_slopes(node.saved, node.score) for node in nodes]
+    _, picks = up_to_level(nodes, slopes, needed)
+    return float(max(slope[pick] for slope, pick in zip(slopes, picks, strict=True)))
+
+
 def _hull_slopes(saved: Floats, score: Floats) -> Floats:
     """(options,) slope of the lower convex hull of the points (saved, score) that ends at or passes over each."""
     corners = [0]

@@ -20,14 +20,16 @@ def heads_and_neurons(name: str, block: Any) -> list[Group]:
     """
     plain(block.proj_mlp, f"{name}.proj_mlp")
     plain(block.proj_out, f"{name}.proj_out")
+    count = block.proj_mlp.out_features
+    sites = (Site(f"{name}.proj_mlp", "out"), Site(f"{name}.proj_out", "in", 1, (block.proj_out.in_features - count,)))
+    neurons = Group(f"{name}.neurons", "neurons", count, (name,), sites, step_of(count))
+    if isinstance(block.attn, NoHeads):
+        return [neurons]
     inner = heads(f"{name}.attn", block.attn)
-    width = inner.sites[0].size
-    columns = Site(f"{name}.proj_out", "in", width)
-    count, start = block.proj_mlp.out_features, inner.units * width
-    sites = (Site(f"{name}.proj_mlp", "out"), Site(f"{name}.proj_out", "in", 1, (start,)))
+    columns = Site(f"{name}.proj_out", "in", inner.sites[0].size)
     return [
         Group(inner.name, "heads", inner.units, (name,), (*inner.sites, columns), attention=inner.attention),
-        Group(f"{name}.neurons", "neurons", count, (name,), sites, step_of(count)),
+        neurons,
     ]
 
 
