@@ -1,12 +1,12 @@
-"""Networks of full size with random weights: the architectures that people use, whose weights are not to be had here."""
+"""Networks of full size with random weights: the architectures that people use; their weights are not to be had."""
 
 from __future__ import annotations
-
 
 from typing import Any
 
 import diffusers
 import torch
+
 from diffaccel.pruning.structure import build
 
 DIT_XL = {
@@ -40,7 +40,11 @@ ARCHITECTURES: dict[str, tuple[str, type, dict[str, Any]]] = {
     "dit": ("DiT-XL/2", diffusers.DiTTransformer2DModel, DIT_XL),
     "pixart": ("PixArt-alpha 1024", diffusers.PixArtTransformer2DModel, PIXART),
     "sd3": ("SD3-medium", diffusers.SD3Transformer2DModel, SD3),
-    "flux-2+4": ("Flux.1-dev, 2 + 4 blocks", diffusers.FluxTransformer2DModel, FLUX | {"num_layers": 2, "num_single_layers": 4}),
+    "flux-2+4": (
+        "Flux.1-dev, 2 + 4 blocks",
+        diffusers.FluxTransformer2DModel,
+        FLUX | {"num_layers": 2, "num_single_layers": 4},
+    ),
     "flux": ("Flux.1-dev", diffusers.FluxTransformer2DModel, FLUX),
 }
 
@@ -68,5 +72,3 @@ def random_network(name: str, dtype: torch.dtype = torch.float32) -> Any:
             state[key] = torch.empty(value.shape, dtype=dtype).normal_(centre, 0.1, generator=draw)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
-
-

@@ -2,10 +2,11 @@
 
     python benchmarks/prune_emoji.py [--num 128] [--out prune-emoji]
 
-Every row makes the same pictures from the same noise: 20 DDIM steps of the pipeline's own scheduler, guidance 4. Nothing is
-trained afterwards. The rows "n steps" are the control: the whole network with as many MACs, saved by fewer steps. Captions of
-the calibration are not among those of the pictures. An interrupted run goes on where it stopped. Times are of one call of the U-Net
-(two samples: guidance), all networks in turn, round after round; every time is divided by that of the whole network in its round.
+Every row makes the same pictures from the same noise: 20 DDIM steps of the pipeline's own scheduler, guidance 4.
+Nothing is trained afterwards. The rows "n steps" are the control: the whole network with as many MACs, saved by fewer
+steps. Captions of the calibration are not among those of the pictures. An interrupted run goes on where it stopped.
+Times are of one call of the U-Net (two samples: guidance), all networks in turn, round after round; every time is
+divided by that of the whole network in its round.
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ from statistics import quantiles
 from typing import Any
 
 import torch
-
 from PIL import Image
 
 from diffaccel import eval as ev
 from diffaccel import pruning, zoo
-from diffaccel.cost import parameters, processor
+from diffaccel.cost import processor
 from diffaccel.pictures import labelled_grid, save_picture, save_text
 
 RESULTS = Path(__file__).parent / "results"
@@ -86,7 +86,7 @@ def main() -> None:
         reference="twemoji",
         measures=["fd", "clip", "clip_distance", "psnr", "latent_mse"],
         timing=None,
-        title=f"emoji-sd pruned, {STEPS} DDIM steps, guidance {GUIDANCE:g}, {args.num} pictures, nothing trained afterwards",
+        title=f"emoji-sd pruned and not trained, {STEPS} DDIM steps, guidance {GUIDANCE:g}, {args.num} pictures",
     )
     if table is None:
         return

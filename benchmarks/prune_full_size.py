@@ -1,11 +1,12 @@
-"""Networks of full size through plan, cut, save and reload in bfloat16, outputs compared; Flux's whole depth on shapes alone.
+"""Networks of full size through plan, cut, save and reload in bfloat16, outputs compared; all of Flux on shapes alone.
 
     python benchmarks/prune_full_size.py [--model sd15 sdxl pixart sd3 flux-2+4 flux]
 
-Random weights, so that nothing is said about pictures. Every model runs in a process of its own, whose peak memory is what the
-system tells of it. Depth and width are cut at once: all kinds of units, evenly spaced, 70 % of the MACs at the real resolution
-are kept. Outputs are compared on small latents (`diffaccel.pruning.write.probe`): the cut network with the masked original, and
-the network read from the disk with the one in memory. Written to `benchmarks/results/prune_full_size.md`.
+Random weights, so that nothing is said about pictures. Every model runs in a process of its own, whose peak memory is
+what the system tells of it. Depth and width are cut at once: all kinds of units, evenly spaced, 70 % of the MACs at the
+real resolution are kept. Outputs are compared on small latents (`diffaccel.pruning.write.probe`): the cut network with
+the masked original, and the network read from the disk with the one in memory. Written to
+`benchmarks/results/prune_full_size.md`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from full_size import ARCHITECTURES, random_network, shapes
+
 from diffaccel.cost import parameters, peak_memory
 from diffaccel.pictures import save_text
 from diffaccel.pruning import DEPTH, WIDTH, cut, example_inputs, propose, write_checkpoint
@@ -37,6 +38,7 @@ ON_SHAPES = ("flux",)  # too large for this machine
 def measure(name: str, folder: Path) -> dict[str, Any]:
     """One network, in this process."""
     begin = time.perf_counter()
+    found: dict[str, Any] = {}
     with peak_memory() as peak:
         model: Any = shapes(name) if name in ON_SHAPES else random_network(name, DTYPE)
         before = parameters(model)
@@ -45,7 +47,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         if name in ON_SHAPES:
             choice["kinds"] = ("block",)  # 12 billion parameters: what a stock config can say
         proposal = propose(model, TARGET, inputs=inputs, **choice)
-        found = {"macs": [count_macs(model, inputs)], "parameters": [before]}
+        found |= {"macs": [count_macs(model, inputs)], "parameters": [before]}
         masked = None if name in ON_SHAPES else probe_masked(model, proposal.plan)
         smaller = cut(model, proposal.plan)
         del model
@@ -54,14 +56,22 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         found["class"] = type(smaller).__name__
         if masked is not None:
             checkpoint = Checkpoint(folder, "", DTYPE, None, name)
-            check = write_checkpoint(checkpoint, smaller, proposal.plan, folder / "out", masked=masked, max_shard_size="1GB")
-            found |= {"reload": check.reload, "mask": check.mask, "files": len(list((folder / "out").glob("*.safetensors")))}
+            check = write_checkpoint(
+                checkpoint, smaller, proposal.plan, folder / "out", masked=masked, max_shard_size="1GB"
+            )
+            found |= {
+                "reload": check.reload,
+                "mask": check.mask,
+                "files": len(list((folder / "out").glob("*.safetensors"))),
+            }
     return found | {"memory": peak.resident, "seconds": time.perf_counter() - begin}
 
 
 def row(name: str, found: dict[str, Any]) -> str:
     macs, count = found["macs"], found["parameters"]
-    compared = f"{found['mask']:.1e} | {found['reload']:.1e} | {found['files']}" if "mask" in found else "shapes only | | "
+    compared = (
+        f"{found['mask']:.1e} | {found['reload']:.1e} | {found['files']}" if "mask" in found else "shapes only | | "
+    )
     memory = found["memory"] or 0
     sizes = f"{count[0] / 1e6:,.0f} -> {count[1] / 1e6:,.0f} M | {macs[0] / 1e9:,.0f} -> {macs[1] / 1e9:,.0f} G"
     weights = 2 * count[0] / 1e9
@@ -81,7 +91,12 @@ def main() -> None:
             print(json.dumps(measure(args.model[0], Path(folder))))
         return
     head = "| network | becomes | parameters | MACs | off masked | off disk | files | weights GB | peak memory GB | s |"
-    lines = ["# Pruning networks of full size", "", "`python benchmarks/prune_full_size.py`: random weights, bfloat16, CPU.", ""]
+    lines = [
+        "# Pruning networks of full size",
+        "",
+        "`python benchmarks/prune_full_size.py`: random weights, bfloat16, CPU.",
+        "",
+    ]
     lines += [f"Depth and width at once, {TARGET:.0%} of the MACs kept; relative differences of outputs.", ""]
     lines += [head, "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
     for name in args.model:

@@ -2,9 +2,9 @@
 
     python benchmarks/prune_speed.py --model sd15 dit --rounds 5
 
-Whole and cut networks take turns in one process: whole, cut, cut, ..., whole, cut, ...; every cut call is divided by the whole
-call of its round. Written to `benchmarks/results/prune_speed.md`. What is cut is random (`criterion="random"`): with random
-weights there is nothing to choose by, and speed depends on shapes alone.
+Whole and cut networks take turns in one process: whole, cut, cut, ..., whole, cut, ...; every cut call is divided by
+the whole call of its round. Written to `benchmarks/results/prune_speed.md`. What is cut is random
+(`criterion="random"`): with random weights there is nothing to choose by, and speed depends on shapes alone.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from statistics import median
 from typing import Any
 
 import torch
-
 from full_size import ARCHITECTURES, random_network
+
 from diffaccel.cost import parameters, processor
 from diffaccel.pictures import save_text
 from diffaccel.pruning import DEPTH, WIDTH, example_inputs, prune
@@ -52,7 +52,12 @@ def measure(name: str, rounds: int) -> list[str]:
         print(f"{name}: round {i + 1} of {rounds}", flush=True)
         for key in times:
             times[key].append(seconds(whole if key is None else cuts[key].model, inputs))
-    lines = [f"## {ARCHITECTURES[name][0]}, {MODELS[name]}, batch 1", "", f"{parameters(whole) / 1e6:.0f} M parameters, {median(times[None]):.2f} s a call.", ""]
+    lines = [
+        f"## {ARCHITECTURES[name][0]}, {MODELS[name]}, batch 1",
+        "",
+        f"{parameters(whole) / 1e6:.0f} M parameters, {median(times[None]):.2f} s a call.",
+        "",
+    ]
     lines += ["| cut | target | parameters | MACs | time | min, max | time / MACs |", "|---|--:|--:|--:|--:|--:|--:|"]
     for (way, target), cut in cuts.items():
         ratios = [own / base for own, base in zip(times[way, target], times[None], strict=True)]

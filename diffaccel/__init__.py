@@ -61,7 +61,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Classes of pruned networks, made when Diffusers asks for one: importing the networks takes seconds."""
+    """Pruning, and the classes of pruned networks, when one asks for them: importing the networks takes seconds."""
+    if name in ("prune", "pruning"):
+        import importlib
+
+        pruning = importlib.import_module("diffaccel.pruning")
+        return pruning if name == "pruning" else pruning.prune
     if name.startswith("Pruned"):
         from diffaccel.pruning import models
 

@@ -2,13 +2,17 @@
 
 python examples/prune_stable_diffusion.py [--model FOLDER_OR_HUB_ID] [--prompts captions.txt] [--target 0.85]
 
-Writes a picture grid and a pipeline's folder. `diffaccel prune` does the same in one command, with a report.
+Writes a pipeline's folder and, beside it, a grid of pictures. `diffaccel prune` does the same with a report in place of
+the grid.
 """
 
 import argparse
+import tempfile
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
@@ -17,14 +21,14 @@ from diffaccel import cost, pruning
 from diffaccel.eval import read_prompts
 from diffaccel.pictures import labelled_grid, save_picture
 from diffaccel.pruning.report import losses
-from diffaccel.sample import load_pipeline
+from diffaccel.sample import best_device
 
 
 def main() -> None:
     """Prune, and show what it did to pictures that the choice was not made on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="emoji-sd", help="a zoo name, a folder or a hub id with a U-Net")
-    parser.add_argument("--prompts", default="emoji", help="file with a caption a line, like those it will be used for")
+    parser.add_argument("--model", default="emoji-sd", help="a zoo name, a folder or a hub id, with a U-Net")
+    parser.add_argument("--prompts", default="emoji", help="file with a caption a line, like those that will be drawn")
     parser.add_argument("--target", type=float, default=0.85, help="share of the MACs to keep (default: 0.85)")
     parser.add_argument("--preview", type=float, nargs="*", default=[0.7, 0.5], help="targets that are only looked at")
     parser.add_argument("--calls", type=int, default=32, help="calls of the U-Net to calibrate on (default: 32)")
@@ -32,70 +36,67 @@ def main() -> None:
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--output", type=Path, default=Path("pruned"), help="new folder; the grid is OUTPUT.png")
     args = parser.parse_args()
-    if args.output.exists():
-        parser.error(f"{args.output} exists; choose a new folder")
-
-    pipe: Any = load_pipeline(args.model)
     captions = [prompt.text for prompt in read_prompts(args.prompts)]
     if len(captions) < 8:
         parser.error(f"{args.prompts} has {len(captions)} captions; give 8 or more, 4 of them are for the pictures")
-    looked_at = captions[:: len(captions) // 4][:4]
-    others = [caption for caption in captions if caption not in looked_at]
-    guidance: Any = {"guidance_scale": args.guidance_scale}
+    if args.output.exists():
+        parser.error(f"{args.output} exists; choose a new folder")
+    shown = captions[:: len(captions) // 4][:4]
+    others = [caption for caption in captions if caption not in shown]
+    run: Any = {"guidance_scale": args.guidance_scale}
+
+    # In float32, in which gradients neither overflow nor vanish. It is saved in the type that it came in.
+    checkpoint = pruning.open_checkpoint(args.model, Path(tempfile.mkdtemp()))
+    pipe = checkpoint.load_pipeline(dtype=torch.float32).to(best_device())
 
     def pictures(pipe: Any) -> list:
         pipe.set_progress_bar_config(disable=True)
-        generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+        draw: Any = [torch.Generator().manual_seed(seed) for seed in range(4)]
         return [
-            pipe(caption, num_inference_steps=args.steps, generator=generator, **guidance).images[0]
-            for caption, generator in zip(looked_at, generators, strict=True)
+            pipe(c, num_inference_steps=args.steps, generator=g, **run).images[0]
+            for c, g in zip(shown, draw, strict=True)
         ]
 
-    # What the U-Net is given while pictures are made. Every prompt costs a picture, 8 of them are enough.
-    prompts = others[:: max(1, len(others) // 8)][:8]
-    calibration = pruning.record(pipe, prompts, calls=args.calls, steps=args.steps, **guidance)
+    # What the U-Net is given while pictures are made. Every prompt costs a picture; 8 of them are enough.
+    calibration = pruning.record(pipe, others[:: len(others) // 8 or 1][:8], calls=args.calls, steps=args.steps, **run)
 
     # Look first: a mask computes what the cut will compute, at the full cost, and is gone at the end of its block.
-    rows, labels = [pictures(pipe)], ["full"]
+    rows = {"full": pictures(pipe)}
     plans = {}
     for target in (args.target, *args.preview):
-        proposal = pruning.propose(pipe, target, criterion="taylor", calibration=calibration)
-        plans[target] = proposal.plan
-        with pruning.mask(pipe.unet, proposal.plan):
-            rows.append(pictures(pipe))
-        labels.append(f"{target:.0%} of the MACs\nmasked")
+        plans[target] = pruning.propose(pipe, target, criterion="taylor", calibration=calibration).plan
+        with pruning.mask(pipe.unet, plans[target]):
+            rows[f"{target:.0%} of the MACs, masked"] = pictures(pipe)
 
     plan = plans[args.target]
-    print("removed (stage, kind, units):")
+    print("removed, by stage:")
     for loss in losses(pruning.find_groups(pipe.unet).found, plan):
-        print(f"  {loss.stage:16} {loss.kind:10} {loss.removed} of {loss.units}")
+        print(f"  {loss.stage:16} {loss.removed:5} of {loss.units:5} {loss.kind}")
 
-    # Cut. `smaller` shares no memory with the original, which is freed when nothing refers to it any more.
-    smaller = pruning.cut(pipe.unet, plan)
-    networks, inputs = {"before": pipe.unet, "after": smaller}, pruning.example_inputs(pipe.unet)
-    with torch.inference_mode():
-        for name, network in networks.items():
-            time = cost.latency(lambda network=network: network(**inputs), warmup=1, runs=5)
-            macs = cost.macs(network, **inputs)
-            size = cost.parameters(network)
-            print(f"{name:6} {macs / 1e9:8.3f} GMACs {size / 1e6:8.2f} M parameters {1e3 * time.median:8.1f} ms a call")
-    pipe.unet = smaller
-    rows.append(pictures(pipe))
-    labels.append(f"{args.target:.0%} of the MACs\ncut")
+    # Cut: a new network, that shares no memory with the old one.
+    measure("before", pipe.unet)
+    pipe.unet = pruning.cut(pipe.unet, plan)
+    measure("after", pipe.unet)
+    rows[f"{args.target:.0%} of the MACs, cut"] = drawn = pictures(pipe)
 
-    # Keep it. Beside the config goes the plan: with it LoRAs of the original can be made to fit.
-    pipe.save_pretrained(args.output)
-    plan.save(args.output / "unet")
-    again: Any = DiffusionPipeline.from_pretrained(args.output, dtype=pipe.dtype).to(pipe.device)
-    same = [a.tobytes() == b.tobytes() for a, b in zip(pictures(again), rows[-1], strict=True)]
-    save_picture(labelled_grid(rows, labels, [_short(caption) for caption in looked_at]), Path(f"{args.output}.png"))
-    print(f"{args.output}: a {type(smaller).__name__}; opened again, {sum(same)} of 4 pictures are the same to the bit")
+    # Keep it, with the plan beside the U-Net's config: by it LoRAs of the original can be made to fit (`remap_lora`).
+    pruning.write_checkpoint(checkpoint, pipe.unet, plan, args.output)
+    again = DiffusionPipeline.from_pretrained(args.output, dtype=torch.float32).to(pipe.device)
+    off = max(np.abs(np.array(a, int) - np.array(b, int)).max() for a, b in zip(pictures(again), drawn, strict=True))
+    labels = [label.replace(", ", "\n") for label in rows]
+    columns = [shorten(caption.split(",")[0], 16, placeholder="...") for caption in shown]
+    save_picture(labelled_grid(list(rows.values()), labels, columns), Path(f"{args.output}.png"))
+    print(f"{args.output}: opened again as {type(again.unet).__name__}, its pictures differ by {off} of 255 at most")
     print(f"{args.output}.png: look at it")
 
 
-def _short(caption: str) -> str:
-    words = caption.split(",")[0].split()
-    return " ".join(words[:2]) + "\n" + " ".join(words[2:4])
+@torch.inference_mode()
+def measure(name: str, network: Any) -> None:
+    """Print what one call with one sample costs."""
+    inputs = pruning.example_inputs(network)
+    macs, size = cost.macs(network, **inputs), cost.parameters(network)
+    time = cost.latency(lambda: network(**inputs), warmup=1, runs=5).median
+    print(f"{name:6} {macs / 1e9:8.3f} GMACs {size / 1e6:8.2f} M parameters {1e3 * time:8.1f} ms")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def test_pruning_imports_one_way():
     """Groups know no network, parts no plan, a cut no choice of what to cut, and nothing of it the disk."""
     order = ["groups", "numbering", "parts", "families", "find", "gates", "structure", "models", "plan", "surgery"]
     choosing = ["inputs", "calibration", "criteria", "costs", "budgets"]
-    ending = ["prune", "checkpoint", "write", "picture", "report", "lora", "command", "command_line"]
+    ending = ["prune", "checkpoint", "write", "picture", "report", "lora", "controlnet", "command", "command_line"]
     for position, name in enumerate(order):
         above = order[position + 1 :] + choosing + ending
         path = PACKAGE / "pruning" / name

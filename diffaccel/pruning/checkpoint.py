@@ -58,7 +58,9 @@ class Checkpoint:
             ValueError: for a model's folder.
         """
         if not self.component:
-            raise ValueError(f"{self.source} is a single network: to calibrate with prompts, name the pipeline's folder")
+            raise ValueError(
+                f"{self.source} is a single network: to calibrate with prompts, name the pipeline's folder"
+            )
         given = {} if model is None else {self.component: model}
         return DiffusionPipeline.from_pretrained(self.folder, dtype=dtype or self.dtype, variant=self.variant, **given)
 
@@ -206,7 +208,9 @@ def _unpacked(file: Path, scratch: Path, config: str | None) -> Path:
     base = config or _guessed(file)
     index = DiffusionPipeline.load_config(base)
     pipeline = getattr(diffusers, str(index["_class_name"]))
-    pipe = pipeline.from_single_file(str(file), config=base, dtype=_file_dtype(names), local_files_only=config is not None)
+    pipe = pipeline.from_single_file(
+        str(file), config=base, dtype=_file_dtype(names), local_files_only=config is not None
+    )
     pipe.save_pretrained(target)
     return target
 

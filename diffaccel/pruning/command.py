@@ -129,7 +129,10 @@ class _Job:
 
     def summary(self) -> str:
         """One line."""
-        parts = [f"{self.macs[1] / self.macs[0]:.1%} of the MACs", f"{self.parameters[1] / self.parameters[0]:.1%} of the parameters"]
+        parts = [
+            f"{self.macs[1] / self.macs[0]:.1%} of the MACs",
+            f"{self.parameters[1] / self.parameters[0]:.1%} of the parameters",
+        ]
         if len(self.latency) == 2:
             parts.append(f"{self.latency[1] / self.latency[0]:.1%} of the time a call ({self.where})")
         return ", ".join(parts)
@@ -162,7 +165,9 @@ def _calibration(args: argparse.Namespace, checkpoint: Checkpoint, model: nn.Mod
         raise ValueError(f"{args.criterion} looks at pictures in the making; give --prompts FILE, with a prompt a line")
     if not checkpoint.component:
         if args.prompts:
-            raise ValueError(f"{checkpoint.source} is a single network and reads no prompts; name the pipeline's folder")
+            raise ValueError(
+                f"{checkpoint.source} is a single network and reads no prompts; name the pipeline's folder"
+            )
         logger.warning("a single network: it is calibrated on random inputs, which it has never seen")
         return random_calls(model, args.calls, seed=args.seed, size=args.size)
     pipe = checkpoint.load_pipeline(model, dtype).to(next(model.parameters()).device)

@@ -20,7 +20,9 @@ def add_prune(commands: Any) -> None:
     what = "cut a checkpoint into a smaller, faster one that from_pretrained opens"
     raw = argparse.RawDescriptionHelpFormatter
     parser = commands.add_parser("prune", help=what, description=what, epilog=EPILOG, formatter_class=raw)
-    parser.add_argument("checkpoint", help="a pipeline's or a model's folder, a hub id, emoji-sd, or a .safetensors file")
+    parser.add_argument(
+        "checkpoint", help="a pipeline's or a model's folder, a hub id, emoji-sd, or a .safetensors file"
+    )
     parser.add_argument("--target", type=float, required=True, help="share of the cost to keep, in (0, 1]: 0.7")
     parser.add_argument("--output", type=Path, help="folder to write; it appears whole or not at all")
     parser.add_argument("--dry-run", action="store_true", help="print what would be removed and saved; write nothing")

@@ -11,7 +11,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxSi
 from torch import nn
 
 from diffaccel.pruning.families import family_of
-from diffaccel.pruning.groups import Group, Groups, NotPrunable
+from diffaccel.pruning.groups import Group, Groups, NotPrunableError
 from diffaccel.pruning.parts.attention import heads
 from diffaccel.pruning.parts.feed_forward import neurons
 from diffaccel.pruning.parts.flux_single import heads_and_neurons
@@ -43,7 +43,7 @@ def find_groups(model: nn.Module) -> Groups:
             continue
         try:
             groups = _width(name, module)
-        except NotPrunable as error:
+        except NotPrunableError as error:
             refused[name] = str(error)
             continue
         found |= {group.name: group for group in groups}

@@ -35,8 +35,8 @@ class Handle:
 def gate(model: nn.Module, groups: Sequence[Group], gates: Mapping[str, Tensor], fill: Fill | None = None) -> Handle:
     """Multiply what every unit contributes by its gate.
 
-    A unit of width acts through columns of some layers: the inputs of those layers are multiplied. A module that is left
-    out whole is blended with its residual connection: gate * f(x) + (1 - gate) * x.
+    A unit of width acts through columns of some layers: the inputs of those layers are multiplied. A module that is
+    left out whole is blended with its residual connection: gate * f(x) + (1 - gate) * x.
 
     Args:
         model: a network; its weights are not changed.
@@ -52,7 +52,9 @@ def gate(model: nn.Module, groups: Sequence[Group], gates: Mapping[str, Tensor],
         raise ValueError("there is no group to put a gate on")
     for group in groups:
         if tuple(gates[group.name].shape) != (group.units,):
-            raise ValueError(f"{group.name} needs gates of shape ({group.units},), not {tuple(gates[group.name].shape)}")
+            raise ValueError(
+                f"{group.name} needs gates of shape ({group.units},), not {tuple(gates[group.name].shape)}"
+            )
     inputs: dict[str, list[tuple[Site, Tensor]]] = {}
     handles = []
     for group in groups:

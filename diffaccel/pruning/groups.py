@@ -2,17 +2,15 @@
 
 A *unit* is the smallest thing whose removal leaves a working network: one attention head, one neuron of a feed-forward
 layer, one GroupNorm group of a ResNet's inner channels, one block. A *group* holds the units of one place; they are
-interchangeable in cost. A unit of a width group owns rows of some layers and columns of others. Where it owns columns, the
-input of that layer multiplied by zero there gives what the network computes without the unit: that is how masks work.
+interchangeable in cost. A unit of a width group owns rows of some layers and columns of others. Where it owns columns,
+the input of that layer multiplied by zero gives what the network computes without the unit: that is how masks work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
-
-from torch import nn
 
 WIDTH = ("heads", "neurons", "channels")
 DEPTH = ("block", "layer", "transformer", "resnet", "mid_block")
@@ -102,8 +100,5 @@ class Groups:
         return [group for group in self.found.values() if group.kind in kinds]
 
 
-Finder = Callable[[str, nn.Module], Iterable[Group]]
-
-
-class NotPrunable(ValueError):
+class NotPrunableError(ValueError):
     """A module whose parts cannot be removed exactly; the message says why."""

@@ -13,14 +13,11 @@ from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from diffaccel.pruning.families import FAMILIES, family_of
+from diffaccel.pruning.families import family_of
 from diffaccel.pruning.find import find_groups
-from diffaccel.pruning.groups import Group, Groups
-from diffaccel.pruning.models import pruned_class
 from diffaccel.pruning.numbering import Numbering, numbering_of
 from diffaccel.pruning.plan import PruningPlan
-from diffaccel.pruning.structure import build
-from diffaccel.pruning.surgery import _removed_features, _vanished, _without
+from diffaccel.pruning.surgery import removed_features, vanished, without
 
 logger = logging.get_logger(__name__)
 
@@ -73,7 +70,7 @@ def remap_lora(lora: LoRA, plan: PruningPlan) -> dict[str, Tensor]:
             nothing is left; for a DoRA on a layer that loses inputs, since the norms of its weights change; for a file
             that cannot be read.
     """
-    original = _original(plan)
+    original = plan.original()
     state = _standard(lora, original)
     keys = _keys(state, original)
     removal = _removal(original, plan)
@@ -93,14 +90,6 @@ def remap_lora(lora: LoRA, plan: PruningPlan) -> dict[str, Tensor]:
     return result
 
 
-def _original(plan: PruningPlan) -> Any:
-    """The network that the plan is for, without weights."""
-    stock = next((kind for kind in FAMILIES if kind.__name__ == plan.model), None)
-    if stock is None:
-        raise ValueError(f"the plan is for a {plan.model}, which this version does not know")
-    return build(pruned_class(stock) if plan.config.get("pruned_structure") else stock, plan.config)
-
-
 class Removal(NamedTuple):
     """What a plan does to the layers of a network."""
 
@@ -117,17 +106,12 @@ class Removal(NamedTuple):
 
 
 def _removal(original: Any, plan: PruningPlan) -> Removal:
-    found = dict(find_groups(original).found)
-    for name in plan.removed:
-        if name not in found:  # DiT's first block: whether it may go is seen by its weights, the plan had them
-            found[name] = Group(name, "block", 1, (name,))
-    groups = Groups(found)
+    groups = find_groups(original)
     gone = plan.gone(groups)
-    features = _removed_features(plan, groups)
+    features = removed_features(plan, groups)
     empty = {layer for (side, layer), units in features.items() if len(units) == _width(original, layer, side)}
-    vanished = _vanished(original, plan, groups, gone)
     rows = dict(family_of(original).reordered_rows(original, gone)) | {layer: [] for layer in empty}
-    return Removal(features, rows, vanished, numbering_of(gone))
+    return Removal(features, rows, vanished(original, plan, groups, gone), numbering_of(gone))
 
 
 def _width(original: nn.Module, layer: str, side: str) -> int:
@@ -149,7 +133,7 @@ def _sliced(value: Tensor, name: str, key: Key, original: nn.Module, removal: Re
     if rows is not None and side == "out":
         value = value[rows]
     if features:
-        value = _without(value, dim, features)
+        value = without(value, dim, features)
     return value.contiguous()
 
 

@@ -1,7 +1,7 @@
 """Subclasses of Diffusers' networks whose config also has the widths that a stock config cannot say.
 
-They open as any other: `from_pretrained`, in a whole pipeline, in half precision, sharded, quantised, once `diffaccel` is
-imported. A subclass, not a quantiser (ecosystem.md B7): less private API, and a quantised pipeline still loads.
+They open as any other: `from_pretrained`, in a whole pipeline, in half precision, sharded, quantised, once `diffaccel`
+is imported. A subclass, not a quantiser (ecosystem.md B7): less private API, and a quantised pipeline still loads.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def _load_ip_adapter_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _scale_loras_alike(stock: type, kind: type) -> None:
     """Diffusers looks up by class name how LoRA scales per block are read; private, so that it may be missing."""
     try:
-        from diffusers.loaders.peft import _SET_ADAPTER_SCALE_FN_MAPPING as scales
+        from diffusers.loaders.peft import _SET_ADAPTER_SCALE_FN_MAPPING
     except ImportError:
         return
-    if stock.__name__ in scales:
-        scales[kind.__name__] = scales[stock.__name__]
+    if stock.__name__ in _SET_ADAPTER_SCALE_FN_MAPPING:
+        _SET_ADAPTER_SCALE_FN_MAPPING[kind.__name__] = _SET_ADAPTER_SCALE_FN_MAPPING[stock.__name__]

@@ -12,9 +12,11 @@ from typing import Any
 from torch import nn
 
 from diffaccel.pictures import save_text
-from diffaccel.pruning.families import stock_class
+from diffaccel.pruning.families import FAMILIES, stock_class
 from diffaccel.pruning.find import find_groups
 from diffaccel.pruning.groups import DEPTH, Group, Groups
+from diffaccel.pruning.models import pruned_class
+from diffaccel.pruning.structure import build
 
 FILE, FORMAT = "pruning_plan.json", 1
 
@@ -55,7 +57,8 @@ class PruningPlan:
             raise ValueError("a plan that removes nothing; name units of groups of find_groups(model)")
         _check_units(groups, chosen)
         ordered = {name: chosen[name] for name in groups.found if name in chosen}
-        config = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}  # type: ignore[call-overload]
+        settings: dict[str, Any] = dict(model.config)  # type: ignore[call-overload]
+        config = {key: value for key, value in settings.items() if not key.startswith("_")}
         units = {name: groups.found[name].units for name in ordered}
         return cls(stock_class(model).__name__, config, fingerprint(model), units, ordered, dict(facts or {}))
 
@@ -71,10 +74,22 @@ class PruningPlan:
         groups = find_groups(model)
         if fingerprint(model) != self.fingerprint:
             lost = next((group for group, count in self.units.items() if _units(groups, group) != count), None)
-            detail = f", for example {lost} ({self.units[lost]} units in the plan, {_units(groups, lost)} here)" if lost else ""
+            counts = f"({self.units[lost]} units in the plan, {_units(groups, lost)} here)" if lost else ""
+            detail = f", for example {lost} {counts}" if lost else ""
             raise ValueError(f"this plan is for a {name} of another structure{detail}; make a plan for this one")
         _check_units(groups, self.removed)  # a module that has a LoRA by now, ...
         return groups
+
+    def original(self) -> Any:
+        """The network that the plan is for, without weights: parameters on the `meta` device.
+
+        Raises:
+            ValueError: if this version does not know its class.
+        """
+        stock = next((kind for kind in FAMILIES if kind.__name__ == self.model), None)
+        if stock is None:
+            raise ValueError(f"the plan is for a {self.model}, which this version does not know")
+        return build(pruned_class(stock) if self.config.get("pruned_structure") else stock, self.config)
 
     def gone(self, groups: Groups) -> list[Group]:
         """Modules that are left out whole, without those inside of others (a ResNet's body leaves its shortcut)."""

@@ -18,8 +18,9 @@ from diffaccel.pruning.find import find_groups
 from diffaccel.pruning.groups import WIDTH, Group
 from diffaccel.pruning.numbering import Numbering, numbering_of
 from diffaccel.pruning.parts.attention import ConstantAttention, set_heads
+from diffaccel.pruning.parts.constant import NoFeatures
 from diffaccel.pruning.parts.feed_forward import ConstantFeedForward
-from diffaccel.pruning.parts.flux_single import NoHeads, set_widths
+from diffaccel.pruning.parts.flux_single import set_widths
 from diffaccel.pruning.parts.layers import resized
 from diffaccel.pruning.parts.resnet import ConstantResnet
 
@@ -56,7 +57,8 @@ def leave_out(model: Any, gone: Iterable[Group]) -> None:
             model.set_submodule(group.name, SkipTransformer())
         else:
             entries += [name.rpartition(".") for name in group.modules]
-    for parent, _, index in sorted(entries, key=lambda entry: -int(entry[2])):  # from behind: indices stay valid
+    # Innermost lists first and from behind: names of what is still to be deleted stay valid.
+    for parent, _, index in sorted(entries, key=lambda entry: (-entry[0].count("."), -int(entry[2]))):
         del model.get_submodule(parent)[int(index)]
 
 
@@ -104,7 +106,7 @@ def _finish(holder: Any, group: Group, count: int, prefix: str) -> None:
     module = holder.get_submodule(path)
     if isinstance(module, FluxSingleTransformerBlock):
         if group.kind == "heads" and count == 0:
-            module.attn = NoHeads()
+            holder.set_submodule(f"{path}.attn", NoFeatures())
         elif group.kind == "heads":
             set_heads(module.attn, count)
         set_widths(module)
@@ -151,4 +153,3 @@ def structure_of(
             if count != group.units:
                 kept[group.name] = count
     return {"kept": kept, "removed": [name for name in removed if name not in inside]}
-

@@ -35,8 +35,8 @@ def mask(model: nn.Module, plan: PruningPlan, fill: Fill | None = None) -> Handl
 def cut(model: nn.Module, plan: PruningPlan, fill: Fill | None = None) -> nn.Module:
     """A network without the units of `plan`; `model` is left as it is, no memory is shared.
 
-    A stock Diffusers class where its config can say the shapes (depth alone, mostly), else the subclass `Pruned...` of it,
-    whose config has them.
+    A stock Diffusers class where its config can say the shapes (depth alone, mostly), else the subclass `Pruned...` of
+    it, whose config has them.
 
     Args:
         model: a network on any device, the `meta` device included, in any floating-point type.
@@ -71,24 +71,26 @@ def _skeleton(model: Any, plan: PruningPlan, groups: Groups, gone: list[Group], 
         structure = structure_of(model, gone, counts, numbering_of(gone), skeleton, native=config is not base)
         if structure["kept"] or structure["removed"]:
             skeleton = build(pruned_class(stock), config | {"pruned_structure": structure})
-        if {name: value.shape for name, value in skeleton.state_dict().items()} == {k: v.shape for k, v in state.items()}:
+        if _shapes(skeleton.state_dict()) == _shapes(state):
             return skeleton
-    raise RuntimeError(f"no config says the shapes of this pruned {stock.__name__}: an error in diffaccel, please report it")
+    raise RuntimeError(f"no config says the shapes of this pruned {stock.__name__}: our error, please report it")
 
 
-def _reduced_state(
-    model: Any, plan: PruningPlan, groups: Groups, gone: list[Group], fill: Fill
-) -> dict[str, Tensor]:
+def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}
+
+
+def _reduced_state(model: Any, plan: PruningPlan, groups: Groups, gone: list[Group], fill: Fill) -> dict[str, Tensor]:
     """State dict of the smaller network: names, rows and columns that are left."""
     numbering, reordered = numbering_of(gone), family_of(model).reordered_rows(model, gone)
-    removed = _removed_features(plan, groups)
-    vanished = _vanished(model, plan, groups, gone)
+    removed = removed_features(plan, groups)
+    is_gone = vanished(model, plan, groups, gone)
     state = {}
     for name, value in model.state_dict().items():
         new = numbering.new(name)
         layer, _, kind = name.rpartition(".")
         rows = reordered.get(layer)
-        if new is None or vanished(name) or rows == []:
+        if new is None or is_gone(name) or rows == []:
             continue
         if kind == "bias" and layer in fill and ("in", layer) in removed:
             columns = sorted(removed["in", layer])
@@ -98,14 +100,15 @@ def _reduced_state(
         if rows is not None:
             value = value[rows]
         if ("out", layer) in removed:
-            value = _without(value, 0, removed["out", layer])
+            value = without(value, 0, removed["out", layer])
         if ("in", layer) in removed and kind == "weight":
-            value = _without(value, 1, removed["in", layer])
-        state[new] = value.clone()
+            value = without(value, 1, removed["in", layer])
+        if value.numel():  # a layer without features has no weights
+            state[new] = value.clone()
     return state
 
 
-def _removed_features(plan: PruningPlan, groups: Groups) -> dict[tuple[str, str], set[int]]:
+def removed_features(plan: PruningPlan, groups: Groups) -> dict[tuple[str, str], set[int]]:
     """(side, layer) -> features that go; several groups may share the columns of a layer."""
     removed: dict[tuple[str, str], set[int]] = {}
     for name, units in plan.removed.items():
@@ -114,12 +117,13 @@ def _removed_features(plan: PruningPlan, groups: Groups) -> dict[tuple[str, str]
     return removed
 
 
-def _without(value: Tensor, dim: int, features: set[int]) -> Tensor:
+def without(value: Tensor, dim: int, features: set[int]) -> Tensor:
+    """Copy of `value` without these indices of a dimension."""
     kept = [i for i in range(value.shape[dim]) if i not in features]
     return value.index_select(dim, torch.tensor(kept, dtype=torch.long, device=value.device))
 
 
-def _vanished(model: nn.Module, plan: PruningPlan, groups: Groups, gone: list[Group]) -> Callable[[str], bool]:
+def vanished(model: nn.Module, plan: PruningPlan, groups: Groups, gone: list[Group]) -> Callable[[str], bool]:
     """Whether a parameter has no place any more: its module is left out, or is a constant now."""
     whole = tuple(f"{name}." for group in gone for name in group.modules)
     prefixes: tuple[str, ...] = ()

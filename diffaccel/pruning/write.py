@@ -150,7 +150,10 @@ def _compare(folder: Path, checkpoint: Checkpoint, model: Any, off_mask: float |
     again: Any = load_model(folder, dtype=checkpoint.dtype, variant=checkpoint.variant)
     off_disk = _difference(probe(again.to(model.device)), expected)
     # Read again, weights lie elsewhere in memory and kernels may round otherwise: hardly more than one rounding.
-    for what, off, limit in (("masked original", off_mask or 0.0, allowed), ("saved one", off_disk, TOLERANCE[model.dtype])):
+    for what, off, limit in (
+        ("masked original", off_mask or 0.0, allowed),
+        ("saved one", off_disk, TOLERANCE[model.dtype]),
+    ):
         if not off <= limit:
             raise ValueError(
                 f"the pruned network differs from the {what} by {off:.1e} (allowed {limit:.0e}); nothing was written, "

@@ -126,15 +126,32 @@ def test_real_widths(name):
     cut_and_compare(model, inputs, removed)
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", CASES)
+def test_depth_of_all_kinds_and_width_mixed(name, seed):
+    model = toys.toy(name)
+    draw = torch.Generator().manual_seed(seed)
+    blocks = find_groups(model).of(*DEPTH)
+    keep = blocks[0].name  # of a transformer one block must stay
+    depth = {group.name: [0] for group in blocks if torch.rand((), generator=draw) < 0.4 and group.name != keep}
+    cut_and_compare(model, example_inputs(model, size=8), half(model) | depth)
+
+
 STOCK = {
     "sd15": [{"down_blocks.1.layer.1": [0]}, {"mid_block": [0]}, {"mid_block.attentions.0.transformer_blocks.0": [0]}],
     "deep_sd15": [{"down_blocks.0.layer.1": [0], "down_blocks.0.layer.2": [0], "down_blocks.1.layer.2": [0]}],
-    "sdxl": [{"down_blocks.1.attentions.1.transformer_blocks.1": [0], "up_blocks.0.attentions.0.transformer_blocks.2": [0]}],
+    "sdxl": [
+        {"down_blocks.1.attentions.1.transformer_blocks.1": [0], "up_blocks.0.attentions.0.transformer_blocks.2": [0]}
+    ],
     "unconditional": [{"down_blocks.0.layer.1": [0], "down_blocks.1.layer.1": [0]}, {"mid_block": [0]}],
     "dit": [{"transformer_blocks.1": [0]}],
     "shared_dit": [{"transformer_blocks.0": [0]}],
     "pixart": [{"transformer_blocks.0": [0]}],
-    "sd35": [{"transformer_blocks.0": [0]}, {"transformer_blocks.3": [0]}, {"transformer_blocks.2": [0], "transformer_blocks.3": [0]}],
+    "sd35": [
+        {"transformer_blocks.0": [0]},
+        {"transformer_blocks.3": [0]},
+        {"transformer_blocks.2": [0], "transformer_blocks.3": [0]},
+    ],
     "flux": [{"transformer_blocks.0": [0]}, {f"single_transformer_blocks.{i}": [0] for i in range(3)}],
 }
 

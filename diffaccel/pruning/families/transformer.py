@@ -32,8 +32,9 @@ def _must_stay(model: Any, name: str) -> str | None:
         return None
     embedders = [block.norm1.emb.state_dict() for block in model.transformer_blocks]
     first, *others = embedders
-    meta = any(weight.is_meta for weight in first.values())
-    if not meta and all(torch.equal(weight, other[key]) for other in others for key, weight in first.items()):
+    if any(weight.is_meta for weight in first.values()):
+        return None  # nobody knows here; a plan is checked again with the weights
+    if all(torch.equal(weight, other[key]) for other in others for key, weight in first.items()):
         return None
     return f"{name} must stay: the last norm reads its embedder, which the other blocks do not share"
 
@@ -61,8 +62,8 @@ def stock_config(model: Any, config: dict[str, Any], gone: Sequence[Group]) -> d
 def reordered_rows(model: Any, gone: Sequence[Group]) -> dict[str, list[int]]:
     """Rows to take, in this order, of layers that change their kind; by the old name of the layer, none if it goes.
 
-    SD3's last block sends no text on: it has no output layers for it, and `norm1_context` is an `AdaLayerNormContinuous`
-    (scale, shift), elsewhere an `AdaLayerNormZero` (shift, scale, gate, shift, scale, gate).
+    SD3's last block sends no text on: it has no output layers for it, and `norm1_context` is an
+    `AdaLayerNormContinuous` (scale, shift), elsewhere an `AdaLayerNormZero` (shift, scale, gate, shift, scale, gate).
     """
     removed = {name for group in gone for name in group.modules}
     count = len(model.transformer_blocks)
@@ -72,5 +73,7 @@ def reordered_rows(model: Any, gone: Sequence[Group]) -> dict[str, list[int]]:
     kept = [i for i in range(count) if f"transformer_blocks.{i}" not in removed]
     block = f"transformer_blocks.{kept[-1]}"
     width = model.transformer_blocks[kept[-1]].norm1_context.linear.out_features // 6
-    none = dict.fromkeys((f"{block}.attn.to_add_out", f"{block}.ff_context.net.0.proj", f"{block}.ff_context.net.2"), [])
+    none: dict[str, list[int]] = {
+        f"{block}.{layer}": [] for layer in ("attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2")
+    }
     return none | {f"{block}.norm1_context.linear": [*range(width, 2 * width), *range(width)]}

@@ -56,9 +56,9 @@ def _layers(model: Any, i: int, down: Any, up: Any) -> list[Group]:
 def stock_config(model: Any, config: dict[str, Any], gone: Sequence[Group]) -> dict[str, Any] | None:
     """Config of the stock class without `gone` (layers, transformer blocks, the middle), or None.
 
-    None where a config cannot say it: a transformer or a ResNet's body alone, different numbers of layers in a
-    `UNet2DModel`. A config that says it wrongly (SDXL's middle takes its depth from the list of the last stage) is found
-    out by `cut`, which compares names and shapes.
+    None where a config cannot say it: a transformer alone, different numbers of layers in a `UNet2DModel`. A config
+    that says it wrongly (SDXL's middle takes its depth from the list of the last stage) is found out by `cut`, which
+    compares names and shapes.
     """
     if any(group.kind == "transformer" for group in gone):
         return None

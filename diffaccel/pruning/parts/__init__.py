@@ -1,0 +1,1 @@
+"""Parts of networks whose width can be cut: where their units are, and what stays when all of them go."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffaccel.pruning.groups import Group, NotPrunable, Site
+from diffaccel.pruning.groups import Group, NotPrunableError, Site
 from diffaccel.pruning.parts.constant import Constant
 from diffaccel.pruning.parts.layers import plain
 
@@ -20,7 +20,7 @@ def heads(name: str, attn: Any) -> Group:
     Never a part of a head: the scale 1 / sqrt(head_dim) and rotary embeddings depend on its width.
 
     Raises:
-        NotPrunable: if heads are not independent (a norm over all heads, shared keys), or something hangs on them
+        NotPrunableError: if heads are not independent (a norm over all heads, shared keys), or something hangs on them
             (an IP-Adapter, fused projections, a LoRA, a quantised layer).
     """
     layers = {key: attn.get_submodule(key) for key in (*INPUTS, *OUTPUTS) if _has(attn, key)}
@@ -40,17 +40,19 @@ def _has(attn: nn.Module, key: str) -> bool:
 
 def _check(name: str, attn: Any, width: int) -> None:
     if getattr(attn, "fused_projections", False):
-        raise NotPrunable(f"{name} has fused projections; call unfuse_qkv_projections() first")
+        raise NotPrunableError(f"{name} has fused projections; call unfuse_qkv_projections() first")
     if isinstance(attn.processor, nn.Module) and any(True for _ in attn.processor.parameters()):
-        raise NotPrunable(f"{name} has a processor with weights ({type(attn.processor).__name__}); unload it first")
+        raise NotPrunableError(
+            f"{name} has a processor with weights ({type(attn.processor).__name__}); unload it first"
+        )
     if attn.to_k is None:
-        raise NotPrunable(f"{name} has no keys of its own")
+        raise NotPrunableError(f"{name} has no keys of its own")
     if attn.to_k.out_features != attn.to_q.out_features:
-        raise NotPrunable(f"{name} shares keys and values among heads")
+        raise NotPrunableError(f"{name} shares keys and values among heads")
     for key in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
         weight = getattr(getattr(attn, key, None), "weight", None)
         if weight is not None and weight.numel() != width:
-            raise NotPrunable(f"{name}.{key} is a norm over all heads: without one of them the others change")
+            raise NotPrunableError(f"{name}.{key} is a norm over all heads: without one of them the others change")
 
 
 def set_heads(attn: Any, count: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,3 +32,11 @@ class Constant(nn.Module):
         if bias is None:
             return hidden_states.new_zeros(shape)
         return bias.to(hidden_states.dtype).expand(shape).clone()  # not a view of a parameter: those upset hooks
+
+
+class NoFeatures(nn.Module):
+    """A layer, or an attention without an output layer, that has no features left."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(N, T, C) -> (N, T, 0)."""
+        return hidden_states[..., :0]

@@ -17,7 +17,7 @@ def neurons(name: str, ff: Any) -> Group:
     """One unit a neuron: a row of the first layer (two with GEGLU: value and gate), a column of the second.
 
     Raises:
-        NotPrunable: if a layer is not a plain Linear.
+        NotPrunableError: if a layer is not a plain Linear.
     """
     first: Any = plain(ff.net[0].proj, f"{name}.net.0.proj")
     second: Any = plain(ff.net[2], f"{name}.net.2")

@@ -18,7 +18,7 @@ def channels(name: str, resnet: Any) -> list[Group]:
     `conv2`, not before `norm2`, where a channel at zero still sends SiLU(beta) on (pruning.md 1.5).
 
     Raises:
-        NotPrunable: if a layer is not a plain one.
+        NotPrunableError: if a layer is not a plain one.
     """
     for key in ("conv1", "norm2", "conv2", *(["time_emb_proj"] if resnet.time_emb_proj is not None else [])):
         plain(getattr(resnet, key), f"{name}.{key}")
