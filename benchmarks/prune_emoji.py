@@ -38,14 +38,15 @@ WAYS = (  # criterion, budget, kinds
     ("activation", "knapsack", "width"),
     ("flap", "knapsack", "width"),
     ("taylor", "uniform", "width"),
-    ("taylor", "global", "width"),
     ("taylor", "knapsack", "width"),
     ("evenly_spaced", "uniform", "depth"),
     ("taylor", "knapsack", "depth"),
+    ("activation", "knapsack", "depth"),
     ("taylor", "knapsack", "both"),
+    ("activation", "knapsack", "both"),
 )
 KINDS = {"width": pruning.WIDTH, "depth": pruning.DEPTH, "both": pruning.WIDTH + pruning.DEPTH}
-SHOWN = ("taylor knapsack width", "activation knapsack width", "taylor knapsack depth", "magnitude knapsack width")
+SHOWN = ("taylor knapsack width", "taylor knapsack both", "activation knapsack both", "magnitude knapsack width")
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--model", default="emoji-sd", help="a zoo name, a folder or a hub id, with a U-Net")
     parser.add_argument("--prompts", default="emoji", help="file with a caption a line, like those that will be drawn")
     parser.add_argument("--target", type=float, default=0.85, help="share of the MACs to keep (default: 0.85)")
-    parser.add_argument("--preview", type=float, nargs="*", default=[0.7, 0.5], help="targets that are only looked at")
+    parser.add_argument("--preview", type=float, nargs="*", default=[0.5, 0.7], help="targets that are only looked at")
     parser.add_argument("--calls", type=int, default=32, help="calls of the U-Net to calibrate on (default: 32)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
@@ -62,14 +62,12 @@ def main() -> None:
 
     # Look first: a mask computes what the cut will compute, at the full cost, and is gone at the end of its block.
     rows = {"full": pictures(pipe)}
-    plans = {}
-    for target in (args.target, *args.preview):
-        plans[target] = pruning.propose(pipe, target, criterion="taylor", calibration=calibration).plan
-        with pruning.mask(pipe.unet, plans[target]):
+    for target in (*args.preview, args.target):
+        plan = pruning.propose(pipe, target, criterion="taylor", calibration=calibration).plan
+        with pruning.mask(pipe.unet, plan):
             rows[f"{target:.0%} of the MACs, masked"] = pictures(pipe)
 
-    plan = plans[args.target]
-    print("removed, by stage:")
+    print(f"removed for {args.target:.0%}, by stage:")
     for loss in losses(pruning.find_groups(pipe.unet).found, plan):
         print(f"  {loss.stage:16} {loss.removed:5} of {loss.units:5} {loss.kind}")
 

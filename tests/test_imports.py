@@ -86,7 +86,7 @@ def test_pruning_and_evaluation_do_not_know_each_other():
 def test_pruning_imports_one_way():
     """Groups know no network, parts no plan, a cut no choice of what to cut, and nothing of it the disk."""
     order = ["groups", "numbering", "parts", "families", "find", "gates", "structure", "models", "plan", "surgery"]
-    choosing = ["inputs", "calibration", "criteria", "costs", "budgets"]
+    choosing = ["inputs", "influence", "calibration", "criteria", "costs", "budgets"]
     ending = ["prune", "checkpoint", "write", "picture", "report", "lora", "controlnet", "command", "command_line"]
     for position, name in enumerate(order):
         above = order[position + 1 :] + choosing + ending

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -13,6 +13,7 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from diffaccel.cost import denoisers
+from diffaccel.pruning.influence import influence
 from diffaccel.pruning.inputs import example_inputs
 
 Prompt = str | int | Mapping[str, Any]
@@ -25,10 +26,12 @@ class Call:
     Attributes:
         args: positional ones.
         kwargs: the others.
+        weight: how much an error here counts, see `influence`; 1 on average over a trajectory.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,11 @@ def record(
 ) -> Calibration:
     """Run the pipeline and keep some of the calls of its denoiser, with all that the network was given.
 
-    Every prompt gives its share of the calls, evenly spread over its trajectory, and prompts differ in the steps that
-    they give. With guidance a call holds both rows, as the pipeline makes it. Prompt i starts from noise of seed
-    `seed + i`; the scheduler is the pipeline's. At most `calls` calls and those of one trajectory are in memory.
+    Every prompt costs a picture: ten of them, unlike each other, are plenty. Every prompt gives its share of the calls,
+    evenly spread over its trajectory, and prompts differ in the steps that they give. A call counts by how much an
+    error in it moves the end of the trajectory (`influence`). With guidance a call holds both rows, as the pipeline
+    makes it. Prompt i starts from noise of seed `seed + i`; the scheduler is the pipeline's. At most `calls` calls and
+    those of one trajectory are in memory.
 
     Args:
         pipe: a pipeline with one denoiser (SD, SDXL, DiT, PixArt, SD3, Flux, unconditional ones).
@@ -88,7 +93,7 @@ def record(
             with _listening(network) as heard:
                 generator = torch.Generator("cpu").manual_seed(seed + i)
                 pipe(**{"generator": generator} | arguments | _named(prompts[i]))
-            kept += _spread(heard, quota, (j + 0.5) / len(runs))
+            kept += _spread(_weighted(heard, pipe), quota, (j + 0.5) / len(runs))
     if not kept:
         raise ValueError(f"{type(pipe).__name__} made no call of its denoiser; is `steps` large enough?")
     return Calibration(tuple(kept))
@@ -174,6 +179,16 @@ def _network(pipe: Any) -> nn.Module:
     if len(found) > 1:
         raise ValueError(f"{type(pipe).__name__} has several denoisers ({', '.join(found)}); one can be calibrated")
     return next(iter(found.values()))
+
+
+def _weighted(calls: list[Call], pipe: Any) -> list[Call]:
+    """The calls of a whole trajectory with their influence, if there is one call a timestep."""
+    scheduler = getattr(pipe, "scheduler", None)
+    times = getattr(scheduler, "timesteps", ())
+    if scheduler is None or len(times) != len(calls):
+        return calls
+    weights = influence(scheduler, [float(time) for time in times])
+    return [replace(call, weight=float(weight)) for call, weight in zip(calls, weights, strict=True)]
 
 
 def _spread(calls: list[Call], quota: int, offset: float) -> list[Call]:

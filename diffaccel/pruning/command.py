@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging
-from torch import nn
+from torch import Tensor, nn
 
 from diffaccel.cost import latency, parameters, peak_memory, processor
 from diffaccel.pruning.calibration import Calibration, Prompt, random_calls, record
@@ -26,7 +26,7 @@ from diffaccel.pruning.plan import PruningPlan
 from diffaccel.pruning.prune import Proposal, count_macs, propose
 from diffaccel.pruning.report import Report, losses, markdown, write_report
 from diffaccel.pruning.surgery import cut
-from diffaccel.pruning.write import Check, probe_masked, write_checkpoint
+from diffaccel.pruning.write import Check, check_output, probe_masked, write_checkpoint
 from diffaccel.sample import best_device
 
 logger = logging.get_logger(__name__)
@@ -40,17 +40,20 @@ def run_prune(args: argparse.Namespace) -> str:
         ValueError: for bad input, in one sentence.
         OSError: if the output cannot be written; then nothing is there.
     """
-    if args.output is None and not args.dry_run:
+    output: Path | None = args.output
+    if output is not None:
+        check_output(output)
+    elif not args.dry_run:
         raise ValueError("say where to write: --output DIR, or --dry-run to write nothing")
-    if args.output is not None and args.output.exists() and (args.output.is_file() or any(args.output.iterdir())):
-        raise ValueError(f"{args.output} exists and is not empty; choose a new folder")
     with tempfile.TemporaryDirectory() as scratch, peak_memory() as peak:
         places = {"config": args.config, "component": args.component, "variant": args.variant}
         checkpoint = open_checkpoint(args.checkpoint, Path(scratch), **places)
+        if output is not None:
+            check_output(output, checkpoint.folder)
         job = _Job(args, checkpoint)
-        if args.dry_run:
+        if args.dry_run or output is None:
             return markdown(job.report())
-        check = job.write(args.output)
+        check = job.write(output)
     memory = [f"{size / 1e9:.1f} GB of {at}" for at, size in _memory(peak).items()]
     opens = "stock Diffusers opens it" if check.stock else "it opens once diffaccel is imported"
     took = f"; the pruning took at most {', '.join(memory)}" if memory else ""
@@ -67,7 +70,7 @@ class _Job:
 
     def __init__(self, args: argparse.Namespace, checkpoint: Checkpoint):
         self.args, self.checkpoint = args, checkpoint
-        device = args.device or best_device()
+        device = _device(args.device)
         dtype = getattr(torch, args.dtype) if args.dtype else (torch.float32 if device == "cpu" else checkpoint.dtype)
         model: Any = checkpoint.load(dtype).to(device)
         self.model: nn.Module | None = model
@@ -81,6 +84,7 @@ class _Job:
         self.macs = count_macs(bare, self.inputs), count_macs(smaller, self.inputs)
         self.parameters = parameters(bare), parameters(smaller)
         self.latency = [self._seconds(model)] if args.runs and not args.dry_run else []
+        self.rounded = torch.promote_types(dtype, checkpoint.dtype) != dtype
         where = processor() if device == "cpu" else f"{device}"
         self.where = f"{where}, {torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')}, batch 1"
 
@@ -92,14 +96,23 @@ class _Job:
         with torch.inference_mode():
             return latency(lambda: model(**self.inputs), warmup=1, runs=self.args.runs).median
 
-    def write(self, output: Path) -> Check:
-        """Cut and write; the original is given back before the result is read again."""
+    def _cut(self) -> tuple[Tensor, nn.Module]:
+        """What the smaller network has to return, and that network."""
         assert self.model is not None
         masked = probe_masked(self.model, self.plan, self.proposal.fill)
         smaller = cut(self.model, self.plan, self.proposal.fill)
         self.model = None
+        return masked, smaller
+
+    def write(self, output: Path) -> Check:
+        """Cut and write; the original is given back before the result is read again."""
+        masked, smaller = self._cut()
         if self.latency:
             self.latency.append(self._seconds(smaller))
+        if self.rounded:  # computed in a narrower type than is stored: what is written comes from the stored weights
+            del smaller
+            self.model = self.checkpoint.load()
+            masked, smaller = self._cut()
 
         def report(folder: Path, check: Check) -> None:
             write_report(folder, self.report(output, check), self.picture, self.layers)
@@ -142,6 +155,8 @@ def _proposed(
     args: argparse.Namespace, checkpoint: Checkpoint, model: nn.Module, inputs: dict[str, Any], dtype: torch.dtype
 ) -> Proposal:
     criterion = args.criterion or ("taylor" if args.prompts else "magnitude")
+    if args.prompts and criterion not in CALIBRATED:
+        raise ValueError(f"{criterion} looks at no prompts; leave --prompts out, or choose {', '.join(CALIBRATED)}")
     calibration = _calibration(args, checkpoint, model, dtype) if criterion in CALIBRATED else None
     facts = {"checkpoint": checkpoint.source}
     if calibration and args.prompts:
@@ -170,21 +185,42 @@ def _calibration(args: argparse.Namespace, checkpoint: Checkpoint, model: nn.Mod
             )
         logger.warning("a single network: it is calibrated on random inputs, which it has never seen")
         return random_calls(model, args.calls, seed=args.seed, size=args.size)
+    if args.prompts and _unconditional(model):
+        raise ValueError(f"{checkpoint.source} draws without prompts; leave --prompts out")
+    prompts = read_prompts(args.prompts, _classes(model)) if args.prompts else [{}] * args.calls
     pipe = checkpoint.load_pipeline(model, dtype).to(next(model.parameters()).device)
-    prompts = [{}] * args.calls if args.prompts is None else read_prompts(args.prompts, hasattr(pipe, "get_label_ids"))
     guidance = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
     return record(pipe, prompts, calls=args.calls, steps=args.steps, seed=args.seed, **guidance)
+
+
+def _classes(model: Any) -> int:
+    """Number of classes that a DiT draws; PixArt has it in its config as well and reads texts."""
+    return model.config.num_embeds_ada_norm if stock_class(model).__name__ == "DiTTransformer2DModel" else 0
 
 
 def _unconditional(model: nn.Module) -> bool:
     return stock_class(model).__name__ == "UNet2DModel"
 
 
-def read_prompts(file: Path, classes: bool = False) -> list[Prompt]:
-    """Lines of a text file that are not empty; numbers if they are `classes`.
+def _device(name: str | None) -> str:
+    """The device that was asked for, or what there is.
 
     Raises:
-        ValueError: if there is no such file, it has no prompts, or a class is no number.
+        ValueError: if it is not here.
+    """
+    device = name or best_device()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"there is no device {device} here; use --device {best_device()}") from None
+    return device
+
+
+def read_prompts(file: Path, classes: int = 0) -> list[Prompt]:
+    """Lines of a text file that are not empty; numbers below `classes`, if there are classes.
+
+    Raises:
+        ValueError: if there is no such file, it has no prompts, or a class is no such number.
     """
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
@@ -195,6 +231,6 @@ def read_prompts(file: Path, classes: bool = False) -> list[Prompt]:
         raise ValueError(f"{file} has no prompts; write one a line")
     if not classes:
         return list(prompts)
-    if wrong := [line for line in prompts if not line.isdigit()]:
-        raise ValueError(f"this pipeline draws classes: {file} needs a class number a line, not {wrong[0]!r}")
+    if wrong := [line for line in prompts if not (line.isdecimal() and int(line) < classes)]:
+        raise ValueError(f"{file} needs a class a line, a number from 0 to {classes - 1}, not {wrong[0]!r}")
     return [int(line) for line in prompts]

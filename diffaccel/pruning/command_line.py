@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 DTYPES = ("float32", "float16", "bfloat16")
+CRITERIA = ("magnitude", "random", "evenly_spaced", "taylor", "activation", "flap")
+BUDGETS = ("uniform", "global", "knapsack")
+COSTS = ("macs", "parameters", "latency")
 EPILOG = """examples:
   diffaccel prune emoji-sd --target 0.85 --prompts captions.txt --output smaller
   diffaccel prune runwayml/stable-diffusion-v1-5 --target 0.7 --prompts captions.txt --dry-run
@@ -30,10 +33,11 @@ def add_prune(commands: Any) -> None:
     choice = parser.add_argument_group("what to remove")
     kinds = "heads, neurons, channels (width); block, layer, transformer, resnet, mid_block (depth)"
     choice.add_argument("--kinds", default="width", help=f"width, depth, both, or a list of {kinds} (default: width)")
-    names = "magnitude, random, evenly_spaced; with prompts: taylor, activation, flap"
-    choice.add_argument("--criterion", help=f"{names} (default: taylor with --prompts, else magnitude)")
-    choice.add_argument("--budget", default="knapsack", help="uniform, global or knapsack (default: knapsack)")
-    choice.add_argument("--cost", default="macs", help="macs, parameters, or latency measured here (default: macs)")
+    named = "which units matter; the last three look at prompts (default: taylor with --prompts, else magnitude)"
+    choice.add_argument("--criterion", choices=CRITERIA, help=named)
+    shared = "how the removal is shared out (default: knapsack)"
+    choice.add_argument("--budget", choices=BUDGETS, default="knapsack", help=shared)
+    choice.add_argument("--cost", choices=COSTS, default="macs", help="latency is measured here (default: macs)")
     choice.add_argument("--seed", type=int, default=0, help="of random choices and of the calibration (default: 0)")
 
     looks = parser.add_argument_group("calibration")

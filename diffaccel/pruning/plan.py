@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,9 @@ class PruningPlan:
         if name != self.model:
             raise ValueError(f"this plan is for a {self.model}, the network is a {name}; make a plan for it")
         groups = find_groups(model)
-        if fingerprint(model) != self.fingerprint:
-            lost = next((group for group, count in self.units.items() if _units(groups, group) != count), None)
+        # Heads are not in the shapes: two networks may have the same parameters and split them differently.
+        lost = next((group for group, count in self.units.items() if _units(groups, group) != count), None)
+        if fingerprint(model) != self.fingerprint or (lost and lost in groups.found):
             counts = f"({self.units[lost]} units in the plan, {_units(groups, lost)} here)" if lost else ""
             detail = f", for example {lost} {counts}" if lost else ""
             raise ValueError(f"this plan is for a {name} of another structure{detail}; make a plan for this one")
@@ -103,7 +104,7 @@ class PruningPlan:
         groups = {name: {"units": self.units[name], "removed": _runs(units)} for name, units in self.removed.items()}
         model = {"class": self.model, "fingerprint": self.fingerprint, "config": self.config}
         content = {"format": FORMAT, "model": model, "facts": self.facts, "groups": groups}
-        save_text(json.dumps(content, indent=1, default=list) + "\n", file)
+        save_text(json.dumps(content, indent=1, default=_plain) + "\n", file)
         return file
 
     @classmethod
@@ -116,15 +117,21 @@ class PruningPlan:
         file = Path(path) / FILE if Path(path).is_dir() else Path(path)
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            model, groups = content["model"], content["groups"]
-            removed = {name: _from_runs(group["removed"]) for name, group in groups.items()}
-            units = {name: int(group["units"]) for name, group in groups.items()}
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']}, and this version reads {FORMAT}")
-            return cls(model["class"], model["config"], model["fingerprint"], units, removed, content["facts"])
+            model, groups = content["model"], content["groups"]
+            units = {name: int(group["units"]) for name, group in groups.items()}
+            removed = {name: _from_runs(group["removed"], units[name]) for name, group in groups.items()}
+            if not removed:
+                raise ValueError("it removes nothing")
+            return cls(
+                model["class"], dict(model["config"]), model["fingerprint"], units, removed, dict(content["facts"])
+            )
         except FileNotFoundError:
             raise ValueError(f"there is no plan {file}; `diffaccel prune` writes one beside config.json") from None
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except KeyError as error:
+            raise ValueError(f"{file} is no pruning plan ({error} is missing)") from None
+        except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{file} is no pruning plan ({error})") from None
 
 
@@ -158,6 +165,19 @@ def _runs(units: Sequence[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _from_runs(text: str) -> tuple[int, ...]:
-    ends = [run.split("-") for run in text.split(",")]
-    return tuple(unit for end in ends for unit in range(int(end[0]), int(end[-1]) + 1))
+def _from_runs(text: str, count: int) -> tuple[int, ...]:
+    """Units of the runs, ascending; `count` is the number there are."""
+    units: set[int] = set()
+    for run in text.split(","):
+        ends = [int(end) for end in run.split("-")]
+        if len(ends) > 2 or not 0 <= ends[0] <= ends[-1] < count:
+            raise ValueError(f"{run} is no run of units 0 to {count - 1}")
+        units.update(range(ends[0], ends[-1] + 1))
+    return tuple(sorted(units))
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know, as what it knows: NumPy's numbers and arrays, sets, paths."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return list(value) if isinstance(value, Iterable) else str(value)

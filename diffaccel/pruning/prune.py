@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 import diffaccel
 from diffaccel.cost import denoisers, macs, parameters
-from diffaccel.pruning.budgets import allocate
+from diffaccel.pruning.budgets.allocation import METHODS, allocate
 from diffaccel.pruning.calibration import Calibration
 from diffaccel.pruning.costs import Costs, latency_costs, macs_costs, parameter_costs, planned
 from diffaccel.pruning.costs.meta import meta_copy, to_meta
-from diffaccel.pruning.criteria import CALIBRATED, means, score
+from diffaccel.pruning.criteria import CALIBRATED, CRITERIA, means, score
 from diffaccel.pruning.find import find_groups
 from diffaccel.pruning.gates import Fill
 from diffaccel.pruning.groups import DEPTH, WIDTH, Group
@@ -120,12 +121,16 @@ def propose(
         ValueError: for an unknown name, a target that cannot be reached, or a missing calibration.
     """
     model = _denoiser(network)
-    if cost not in COSTS:
-        raise ValueError(f"unknown cost {cost!r}; use {', '.join(COSTS)}")
+    names = {"criterion": (criterion, CRITERIA), "budget": (budget, tuple(METHODS)), "cost": (cost, COSTS)}
+    for what, (name, known) in names.items():
+        if name not in known:
+            raise ValueError(f"unknown {what} {name!r}; use {', '.join(known)}")
     groups = _chosen(model, kinds)
     inputs = inputs or example_inputs(model)
-    scores = score(criterion, model, groups, calibration, seed=seed)
     counted = _costs(cost, model, groups, inputs)
+    if criterion in CALIBRATED:  # scores take a while: find out first whether the target can be reached
+        allocate(groups, {group.name: np.ones(group.units) for group in groups}, counted, target, budget)  # type: ignore[arg-type]
+    scores = score(criterion, model, groups, calibration, seed=seed)
     removed = allocate(groups, scores, counted, target, budget)  # type: ignore[arg-type]
     if not removed:
         raise ValueError(f"a target of {target} removes nothing; choose a lower one")

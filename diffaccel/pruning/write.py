@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from diffaccel.pictures import save_text
 from diffaccel.pruning.checkpoint import Checkpoint, load_model
 from diffaccel.pruning.gates import Fill
 from diffaccel.pruning.inputs import example_inputs
-from diffaccel.pruning.plan import PruningPlan
+from diffaccel.pruning.plan import FILE, PruningPlan
+from diffaccel.pruning.stored import read_json
 from diffaccel.pruning.surgery import mask
 
+WEIGHTS = {".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb"}
 PROBE_SIDE = 16  # latents of the comparison; less where the network is made for less
 # Relative difference between the cut and the masked network: rounding only. They sum in another order.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -43,19 +45,39 @@ class Check:
     stock: bool
 
 
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into, that takes the place of `target` when the block ends well and is gone if it does not.
+def check_output(target: Path, source: Path | None = None) -> Path:
+    """Full path of a folder to write; what can be known before the work begins.
 
     Raises:
-        ValueError: if there is something at `target` already, other than an empty folder.
+        ValueError: if there is something already, other than an empty folder, it lies inside of `source`, or nothing
+            can be written there.
     """
     target = target.resolve()
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ValueError(f"{target} exists and is not empty; choose a new folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    if source is not None and target.is_relative_to(source.resolve()):
+        raise ValueError(f"{target} lies inside of the checkpoint {source}; choose a folder elsewhere")
+    there = next(folder for folder in target.parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"cannot write into {there}; choose a folder elsewhere")
+    return target
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, that takes the place of `target` when the block ends well and is gone if it does not.
+
+    A process that is killed leaves a hidden folder `.NAME.xxxxxxxx` beside `target`, which may be deleted.
+
+    Raises:
+        ValueError: if there is something at `target` already, other than an empty folder.
+    """
+    target = check_output(target)
+    missing = [folder for folder in target.parents if not folder.exists()]
+    scratch = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         (scratch / "new").mkdir()
         yield scratch / "new"
         if target.is_dir():
@@ -64,7 +86,11 @@ def new_folder(target: Path) -> Iterator[Path]:
     except SafetensorError as error:  # no OSError: a full disk, most of the time
         raise OSError(f"writing {target} failed: {error}; nothing was left there") from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+        for folder in missing if not target.exists() else ():
+            with suppress(OSError):  # never made, or another process has put something there by now
+                folder.rmdir()
 
 
 def write_checkpoint(
@@ -79,22 +105,25 @@ def write_checkpoint(
 ) -> Check:
     """Write `model` as the denoiser of a copy of `checkpoint`, with its plan, open it again and compare.
 
-    The other parts of a pipeline are copied file by file. Weights are stored in the type they had.
+    The other parts of a pipeline are copied file by file; what else lies beside them (the pipeline once more as a
+    single file, say) is not, and pickled weights only where there are no others. Weights are stored in the type they
+    had.
 
     Args:
         checkpoint: what was pruned.
         model: what `cut` returned.
-        plan: goes beside its `config.json` as `pruning_plan.json`.
+        plan: goes beside its `config.json` as `pruning_plan.json`; plans of earlier prunings stay, with numbers.
         output: a folder that does not exist yet, or is empty.
         masked: `probe` of the original with the mask of the plan; with it the comparison covers the cut as well.
         extra: writes further files (a report) into the folder before it appears.
         max_shard_size: larger models are saved in several files.
 
     Raises:
-        ValueError: if `output` is not empty, or the outputs differ (then nothing is written).
+        ValueError: if `output` is not empty or lies inside of the checkpoint, or if the outputs differ (then nothing is
+            written).
         OSError: if the disk is full (then nothing is written either).
     """
-    with new_folder(Path(output)) as folder:
+    with new_folder(check_output(Path(output), checkpoint.folder)) as folder:
         inside = folder / checkpoint.component
         if checkpoint.component:
             _copy_others(checkpoint, folder)
@@ -103,6 +132,7 @@ def write_checkpoint(
         stored: Any = nn.Module.to(model, checkpoint.dtype)  # Diffusers' own warns of modules that none of these has
         stored.save_pretrained(inside, max_shard_size=max_shard_size, variant=checkpoint.variant)
         plan.save(inside)
+        _keep_plans(checkpoint.model_folder, inside)
         _readable(inside)
         if checkpoint.component:
             _name_class(folder, checkpoint.component, stored)
@@ -113,15 +143,35 @@ def write_checkpoint(
 
 
 def _copy_others(checkpoint: Checkpoint, folder: Path) -> None:
+    """Components of the pipeline but the denoiser, and small files beside them (the card, the license)."""
+    parts = read_json(checkpoint.folder / "model_index.json").keys() - {checkpoint.component}
     for entry in checkpoint.folder.iterdir():
-        if entry.name == checkpoint.component or entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            shutil.copytree(entry, folder / entry.name)
-        else:
+        if entry.is_dir() and entry.name in parts:
+            _copy(entry, folder / entry.name)
+        elif entry.is_file() and entry.suffix not in WEIGHTS and not entry.name.startswith("."):
             shutil.copyfile(entry, folder / entry.name)
-    for entry in folder.rglob("*"):  # a checkpoint may be read-only, the copy is the user's
-        entry.chmod(entry.stat().st_mode | 0o200)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A folder with the permissions that new files have here: a checkpoint may be read-only, the copy is the user's."""
+    target.mkdir()
+    entries = list(source.iterdir())
+    safe = any(entry.suffix == ".safetensors" for entry in entries)
+    for entry in entries:
+        if entry.is_dir():
+            _copy(entry, target / entry.name)
+        elif not (safe and entry.suffix in WEIGHTS - {".safetensors"}):
+            shutil.copyfile(entry, target / entry.name)
+
+
+def _keep_plans(source: Path, folder: Path) -> None:
+    """Plans of earlier prunings as `pruning_plan.1.json`, ...: a LoRA of the original needs one after the other."""
+    count = 1
+    while (earlier := source / f"pruning_plan.{count}.json").is_file():
+        shutil.copyfile(earlier, folder / earlier.name)
+        count += 1
+    if (source / FILE).is_file():
+        shutil.copyfile(source / FILE, folder / f"pruning_plan.{count}.json")
 
 
 def _readable(folder: Path) -> None:
@@ -133,7 +183,7 @@ def _readable(folder: Path) -> None:
 
 
 def _name_class(folder: Path, component: str, model: nn.Module) -> None:
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = read_json(folder / "model_index.json")
     library = "diffusers" if _is_stock(model) else "diffaccel"
     index[component] = [library, type(model).__name__]
     save_text(json.dumps(index, indent=2) + "\n", folder / "model_index.json")

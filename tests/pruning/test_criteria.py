@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 
 from diffaccel.cost import denoisers
 from diffaccel.pruning import criteria
-from diffaccel.pruning.calibration import Calibration, Call, record, run
+from diffaccel.pruning.calibration import Calibration, Call, random_calls, record, run
+from diffaccel.pruning.criteria import score
 from diffaccel.pruning.criteria.energy import moments
 from diffaccel.pruning.find import find_groups
 from diffaccel.pruning.gates import gate
 from diffaccel.pruning.groups import WIDTH, Group, Site
 from tests import tiny
+from tests.pruning import toys
 
 TOYS = {"sd": tiny.sd, "sdxl": tiny.sdxl, "dit": tiny.dit, "pixart": tiny.pixart, "sd3": tiny.sd3, "flux": tiny.flux}
 
@@ -333,3 +336,16 @@ def test_by_name() -> None:
         criteria.score("wanda", net, [SINGLE])
     with pytest.raises(ValueError, match="flap looks at calls"):
         criteria.score("flap", net, [SINGLE])
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "activation", "flap"])
+def test_calls_count_by_their_weight(criterion):
+    model = toys.toy("sd15")
+    groups = list(find_groups(model).found.values())
+    first, second = random_calls(model, 2, size=8).calls
+    both = Calibration((replace(first, weight=3.0), replace(second, weight=0.0)))
+    alone = score(criterion, model, groups, Calibration((first,)))
+    for name, values in score(criterion, model, groups, both).items():
+        np.testing.assert_allclose(values, alone[name], rtol=1e-5)
+    equal = score(criterion, model, groups, Calibration((first, second)))
+    assert any(not np.allclose(equal[name], values, rtol=1e-2) for name, values in alone.items())

@@ -23,14 +23,14 @@ class Moments:
     """Running mean and variance of the input features of a layer, over positions, rows and calls.
 
     Attributes:
-        rows: samples seen.
-        count: positions seen, of all rows together.
+        rows: samples seen, by the weights of their calls.
+        count: positions seen, of all rows together, by the same weights.
         mean: (features,) float64, on the CPU.
         spread: (features,) float64, sum of squared distances to the mean.
     """
 
-    rows: int
-    count: int
+    rows: float
+    count: float
     mean: Tensor
     spread: Tensor
 
@@ -44,16 +44,16 @@ class Moments:
         """(features,) mean of the squares."""
         return self.variance + self.mean.square()
 
-    def add(self, x: Tensor) -> None:
-        """Take in x (rows, ..., features).
+    def add(self, x: Tensor, weight: float = 1.0) -> None:
+        """Take in x (rows, ..., features), of a call with this weight.
 
         Merged as in Chan, Golub and LeVeque (1979): the mean of squares minus the squared mean would cancel.
         """
-        self.rows += len(x)
+        self.rows += weight * len(x)
         x = x.reshape(-1, x.shape[-1]).float()  # squares of float16 overflow
-        n = len(x)
+        n = weight * len(x)
         mean = x.mean(0)
-        spread = (x - mean).square().sum(0)
+        spread = weight * (x - mean).square().sum(0)
         mean, spread = mean.double().cpu(), spread.double().cpu()  # Metal has no float64
         total, gap = self.count + n, mean - self.mean
         self.spread += spread + gap.square() * self.count * n / total
@@ -72,18 +72,20 @@ def moments(model: nn.Module, groups: Sequence[Group], calibration: Calibration)
     names = dict.fromkeys(site.module for group in groups for site in group.sites if site.side == "in")
     found: dict[str, Moments] = {}
     hooks: list[Any] = []
+    weight = [1.0]  # of the call that is made
     for name in names:
         layer: Any = model.get_submodule(name)
         zero = torch.zeros(layer.weight.shape[1], dtype=torch.float64)
-        found[name] = Moments(0, 0, zero, zero.clone())
-        hooks.append(layer.register_forward_pre_hook(_listen(found[name])))
-    _replay(model, calibration, hooks)
+        found[name] = Moments(0.0, 0.0, zero, zero.clone())
+        hooks.append(layer.register_forward_pre_hook(_listen(found[name], weight)))
+    _replay(model, calibration, hooks, weight)
     return found
 
 
-def _listen(moments: Moments) -> Callable[..., None]:
+def _listen(moments: Moments, weight: list[float]) -> Callable[..., None]:
     def listen(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        moments.add(args[0].movedim(1, -1) if isinstance(layer, nn.Conv2d) else args[0])
+        if weight[0]:
+            moments.add(args[0].movedim(1, -1) if isinstance(layer, nn.Conv2d) else args[0], weight[0])
 
     return listen
 
@@ -106,20 +108,22 @@ def change_energy(model: nn.Module, groups: Sequence[Group], calibration: Calibr
     """Energy per row of what the modules of groups without sites add to their input, by group name."""
     names = dict.fromkeys(name for group in groups if not group.sites for name in group.modules)
     energies: dict[str, list[float]] = {name: [] for name in names}
+    weight = [1.0]  # of the call that is made
     hooks = [
-        model.get_submodule(name).register_forward_hook(_watch(name, heard), with_kwargs=True)
+        model.get_submodule(name).register_forward_hook(_watch(name, heard, weight), with_kwargs=True)
         for name, heard in energies.items()
     ]
-    _replay(model, calibration, hooks)
+    _replay(model, calibration, hooks, weight)
+    total = sum(call.weight for call in calibration.calls)
     return {
-        group.name: float(sum(np.mean(energies[name]) for name in group.modules)) for group in groups if not group.sites
+        group.name: sum(sum(energies[name]) for name in group.modules) / total for group in groups if not group.sites
     }
 
 
-def _watch(name: str, heard: list[float]) -> Callable[..., None]:
+def _watch(name: str, heard: list[float], weight: list[float]) -> Callable[..., None]:
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        heard.append(sum(_change(name, before, after) for before, after in _streams(arguments, output)))
+        heard.append(weight[0] * sum(_change(name, before, after) for before, after in _streams(arguments, output)))
 
     return watch
 
@@ -141,11 +145,12 @@ def _change(name: str, before: Tensor, after: Tensor) -> float:
     return float((after.float() - before.float()).square().flatten(1).sum(1).mean())
 
 
-def _replay(model: nn.Module, calibration: Calibration, hooks: list[Any]) -> None:
-    """Make the calls, and remove the hooks whatever happens."""
+def _replay(model: nn.Module, calibration: Calibration, hooks: list[Any], weight: list[float]) -> None:
+    """Make the calls, each with its weight where the hooks find it, and remove the hooks whatever happens."""
     try:
         with torch.no_grad(), still(model):
             for call in logging.tqdm(calibration.calls, desc="activations"):
+                weight[0] = call.weight
                 run(model, call)
     finally:
         for hook in hooks:

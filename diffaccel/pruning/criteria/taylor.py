@@ -24,7 +24,7 @@ def taylor(model: nn.Module, groups: Sequence[Group], calibration: Calibration, 
 
     That change is the derivative of the prediction by the gate, a tensor for each unit. Its mean square is estimated
     for all units at once from the gradients of a few random projections of the prediction on signs (Hutchinson). Calls
-    are averaged with equal weight.
+    count by their influence on the last latent (`Call.weight`).
 
     Diff-Pruning (arXiv:2305.10924) sums |gradient * weight| of the denoising loss over timesteps instead. We depart:
     that loss needs training pictures, which who prunes a checkpoint does not have, and where a network is trained to
@@ -49,8 +49,9 @@ def taylor(model: nn.Module, groups: Sequence[Group], calibration: Calibration, 
             for i in range(PROJECTIONS):
                 gradients = _projected(output, list(gates.values()), draw, keep=i < PROJECTIONS - 1)
                 for name, gradient in zip(gates, gradients, strict=True):
-                    sums[name] += gradient.double().square().numpy()
-    return check({name: total / (PROJECTIONS * len(calibration.calls)) for name, total in sums.items()})
+                    sums[name] += call.weight * gradient.double().square().numpy()
+    weight = sum(call.weight for call in calibration.calls)
+    return check({name: total / (PROJECTIONS * weight) for name, total in sums.items()})
 
 
 def _projected(output: Tensor, gates: list[Tensor], draw: torch.Generator, *, keep: bool) -> tuple[Tensor, ...]:
