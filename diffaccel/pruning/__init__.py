@@ -7,6 +7,8 @@ from diffaccel.pruning.calibration import record as record
 from diffaccel.pruning.checkpoint import load_model as load_model
 from diffaccel.pruning.checkpoint import open_checkpoint as open_checkpoint
 from diffaccel.pruning.controlnet import fit_controlnet as fit_controlnet
+from diffaccel.pruning.costs import layer_table as layer_table
+from diffaccel.pruning.costs import macs_costs as macs_costs
 from diffaccel.pruning.criteria import score as score
 from diffaccel.pruning.find import find_groups as find_groups
 from diffaccel.pruning.gates import gate as gate
@@ -17,10 +19,13 @@ from diffaccel.pruning.groups import Groups as Groups
 from diffaccel.pruning.groups import Site as Site
 from diffaccel.pruning.inputs import example_inputs as example_inputs
 from diffaccel.pruning.lora import remap_lora as remap_lora
+from diffaccel.pruning.picture import draw as draw
 from diffaccel.pruning.plan import PruningPlan as PruningPlan
+from diffaccel.pruning.prune import Proposal as Proposal
 from diffaccel.pruning.prune import Pruned as Pruned
 from diffaccel.pruning.prune import propose as propose
 from diffaccel.pruning.prune import prune as prune
+from diffaccel.pruning.report import losses as losses
 from diffaccel.pruning.surgery import cut as cut
 from diffaccel.pruning.surgery import mask as mask
 from diffaccel.pruning.write import write_checkpoint as write_checkpoint

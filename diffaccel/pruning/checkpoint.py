@@ -67,7 +67,7 @@ class Checkpoint:
 
 def open_checkpoint(
     source: str,
-    scratch: Path,
+    scratch: Path | None = None,
     *,
     config: str | None = None,
     component: str | None = None,
@@ -77,7 +77,7 @@ def open_checkpoint(
 
     Args:
         source: a zoo name, a folder, a hub id, or a `.safetensors` file in Diffusers' or the original (LDM) layout.
-        scratch: an existing folder in which a single file is unpacked.
+        scratch: an existing folder in which a single file is unpacked; other sources need none.
         config: for a single file: folder (or hub id) of a pipeline or model of its architecture. Without it Diffusers
             guesses, and asks the hub.
         component: the denoiser to prune, if the pipeline has several.
@@ -89,6 +89,8 @@ def open_checkpoint(
     """
     path = Path(zoo.path(source) if source in zoo.NAMES else source)
     if path.suffix == ".safetensors" and path.is_file():
+        if scratch is None:
+            raise ValueError(f"{source} is a single file and has to be unpacked; give a folder for it as `scratch`")
         path = unpack(path, scratch / "unpacked", config)
     elif not path.exists():
         path = _downloaded(source, variant)

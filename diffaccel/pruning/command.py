@@ -71,7 +71,9 @@ class _Job:
     def __init__(self, args: argparse.Namespace, checkpoint: Checkpoint):
         self.args, self.checkpoint = args, checkpoint
         device = _device(args.device)
-        dtype = getattr(torch, args.dtype) if args.dtype else (torch.float32 if device == "cpu" else checkpoint.dtype)
+        # Not float16: gradients overflow in it, and vanish.
+        wide = device == "cpu" or checkpoint.dtype == torch.float16
+        dtype = getattr(torch, args.dtype) if args.dtype else (torch.float32 if wide else checkpoint.dtype)
         model: Any = checkpoint.load(dtype).to(device)
         self.model: nn.Module | None = model
         self.inputs = example_inputs(model, size=args.size)

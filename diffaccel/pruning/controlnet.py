@@ -16,8 +16,8 @@ def fit_controlnet(controlnet: nn.Module, plan: PruningPlan) -> Handle:
 
     Only the removal of a `layer` changes the number of skips: as it is, a ControlNet then ends in an error about sizes,
     or, in the last stage, adds its residuals one place off without a word. Where layer j of a stage goes, the residual
-    of layer j - 1 goes: the layer on the way up that used to take the skip of layer j takes that of layer j - 1 now, and
-    that skip has the residual of layer j. So the U-Net computes what its mask computes with all residuals.
+    of layer j - 1 goes: the layer on the way up that used to take the skip of layer j takes that of layer j - 1 now,
+    and that skip gets the residual of layer j. So the U-Net computes what its mask computes with all residuals.
 
     Args:
         controlnet: its outputs are changed by a hook, its weights are not.

@@ -15,7 +15,7 @@ from diffaccel.pruning.budgets.allocation import METHODS, allocate
 from diffaccel.pruning.calibration import Calibration
 from diffaccel.pruning.costs import Costs, latency_costs, macs_costs, parameter_costs, planned
 from diffaccel.pruning.costs.meta import meta_copy, to_meta
-from diffaccel.pruning.criteria import CALIBRATED, CRITERIA, means, score
+from diffaccel.pruning.criteria import CALIBRATED, CRITERIA, Scores, means, score
 from diffaccel.pruning.find import find_groups
 from diffaccel.pruning.gates import Fill
 from diffaccel.pruning.groups import DEPTH, WIDTH, Group
@@ -33,7 +33,7 @@ class Proposal:
     Attributes:
         plan: what is to be removed; `plan.facts` says how it was chosen, and what it is expected to save.
         fill: means that stand for what is removed (FLAP), for `mask` and `cut`; empty for other criteria.
-        costs: costs the plan was made with.
+        costs: costs the plan was made with; of MACs and parameters those of all groups of the network.
         groups: groups that could have been removed.
     """
 
@@ -98,6 +98,7 @@ def propose(
     calibration: Calibration | None = None,
     inputs: Mapping[str, Any] | None = None,
     seed: int = 0,
+    scores: Scores | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Proposal:
     """Choose what to remove, and remove nothing yet.
@@ -114,6 +115,7 @@ def propose(
         calibration: calls of the network (`record`, `random_calls`), for the criteria that look at activations.
         inputs: arguments of a call of the network, for the costs; default: one sample of the size in its config.
         seed: of "random" and "taylor".
+        scores: what `score` returned for this criterion, to try several targets; default: they are made.
         facts: what else the plan is to tell.
 
     Raises:
@@ -128,9 +130,11 @@ def propose(
     groups = _chosen(model, kinds)
     inputs = inputs or example_inputs(model)
     counted = _costs(cost, model, groups, inputs)
-    if criterion in CALIBRATED:  # scores take a while: find out first whether the target can be reached
+    if (
+        criterion in CALIBRATED and scores is None
+    ):  # scores take a while: find out first whether the target can be reached
         allocate(groups, {group.name: np.ones(group.units) for group in groups}, counted, target, budget)  # type: ignore[arg-type]
-    scores = score(criterion, model, groups, calibration, seed=seed)
+    scores = scores or score(criterion, model, groups, calibration, seed=seed)
     removed = allocate(groups, scores, counted, target, budget)  # type: ignore[arg-type]
     if not removed:
         raise ValueError(f"a target of {target} removes nothing; choose a lower one")
@@ -156,9 +160,10 @@ def count_macs(model: nn.Module, inputs: Mapping[str, Any]) -> int:
 
 
 def _costs(cost: str, model: nn.Module, groups: list[Group], inputs: Mapping[str, Any]) -> Costs:
-    if cost == "macs":
-        return macs_costs(model, groups, inputs)
-    return parameter_costs(model, groups) if cost == "parameters" else latency_costs(model, groups, inputs)
+    if cost == "latency":
+        return latency_costs(model, groups, inputs)
+    everything = list(find_groups(model).found.values())
+    return macs_costs(model, everything, inputs) if cost == "macs" else parameter_costs(model, everything)
 
 
 def _chosen(model: nn.Module, kinds: Sequence[str]) -> list[Group]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -129,7 +130,7 @@ def write_checkpoint(
             _copy_others(checkpoint, folder)
         limit = TOLERANCE[next(model.parameters()).dtype]
         off_mask = None if masked is None else _difference(probe(model), masked)
-        stored: Any = nn.Module.to(model, checkpoint.dtype)  # Diffusers' own warns of modules that none of these has
+        stored: Any = _cast(model, checkpoint.dtype)
         stored.save_pretrained(inside, max_shard_size=max_shard_size, variant=checkpoint.variant)
         plan.save(inside)
         _keep_plans(checkpoint.model_folder, inside)
@@ -140,6 +141,13 @@ def write_checkpoint(
         if extra:
             extra(folder, check)
     return check
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The network in another type; a copy, for the one that is given may be in use."""
+    if next(model.parameters()).dtype == dtype:
+        return model
+    return nn.Module.to(copy.deepcopy(model), dtype)  # Diffusers' own `to` warns of modules that none of these has
 
 
 def _copy_others(checkpoint: Checkpoint, folder: Path) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from diffaccel.cli import main
+
+PIPELINES = ("sd", "sdxl", "dit", "pixart", "sd3", "flux")
 LAYERS = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -30,6 +33,12 @@ def tree(folder: Path) -> dict[str, bytes]:
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
         for path in sorted(folder.rglob("*"))
     }
+
+
+def same(model: nn.Module, other: nn.Module) -> bool:
+    """Whether all weights are equal, with their names."""
+    ours, theirs = model.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(value.equal(theirs[name]) for name, value in ours.items())
 
 
 def original_layout(pipe: Any) -> dict[str, Tensor]:
@@ -76,3 +85,10 @@ def _vae(name: str, stages: int) -> str:
         layers = {"resnets": ["block", parts[4]], "downsamplers": ["downsample"], "upsamplers": ["upsample"]}
         parts[1:5] = place + layers[parts[3]]
     return ".".join(["first_stage_model", *parts])
+
+
+def pruned(source: str | Path, output: Path, *options: str, target: str = "0.8") -> int:
+    quick = () if "--runs" in options else ("--runs", "0")
+    return main(
+        ["prune", str(source), "--target", target, "--output", str(output), "--device", "cpu", *quick, *options]
+    )

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
-import importlib
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,41 +12,14 @@ import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import diffaccel
 from diffaccel.cli import main
 from diffaccel.cost import macs, parameters
 from diffaccel.pruning import PruningPlan, cut, example_inputs, find_groups, load_model
-from diffaccel.pruning.command import read_prompts
-from tests import tiny
-from tests.pruning.sources import original_layout, tree
+from tests.pruning.sources import PIPELINES, pruned, tree
 from tests.pruning.toys import toy
-
-PIPELINES = ("sd", "sdxl", "dit", "pixart", "sd3", "flux")
-
-
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all sources; tests leave it as it is."""
-    folder = tmp_path_factory.mktemp("sources")
-    for name in PIPELINES:
-        getattr(tiny, name)()[0].save_pretrained(folder / name)
-    diffusers.DDPMPipeline(toy("unconditional"), diffusers.DDPMScheduler()).save_pretrained(folder / "ddpm")
-    toy("sd15").save_pretrained(folder / "model")
-    (folder / "texts.txt").write_text("a red heart\n\na blue book\n")
-    (folder / "classes.txt").write_text("3\n")
-    (folder / "empty.txt").write_text("\n \n")
-    pipe = diffaccel.zoo.load("emoji-sd", dtype=torch.float16)
-    save_file(original_layout(pipe), folder / "original.safetensors")
-    return folder
-
-
-def pruned(source: str | Path, output: Path, *options: str, target: str = "0.8") -> int:
-    quick = () if "--runs" in options else ("--runs", "0")
-    return main(
-        ["prune", str(source), "--target", target, "--output", str(output), "--device", "cpu", *quick, *options]
-    )
 
 
 def denoiser(folder: Path) -> Any:
@@ -82,7 +52,7 @@ def test_every_pipeline(saved: Path, tmp_path: Path, name: str, capsys: pytest.C
     assert all(value.equal(state[key]) for key, value in after.state_dict().items())
 
 
-@pytest.mark.parametrize("kinds", ["depth", "both", "heads, neurons", "mid_block,layer,resnet"])
+@pytest.mark.parametrize("kinds", ["both", "heads, neurons", "mid_block,layer,resnet"])
 def test_kinds(saved: Path, tmp_path: Path, kinds: str) -> None:
     assert pruned(saved / "model", tmp_path / "out", "--kinds", kinds, "--budget", "global") == 0
     plan = PruningPlan.load(tmp_path / "out")
@@ -127,7 +97,7 @@ def test_a_dry_run_writes_nothing(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     before = tree(saved)
-    assert main(["prune", str(saved / "sd"), "--target", "0.8", "--dry-run", "--device", "cpu", *output]) == 0
+    assert main(["prune", str(saved / "dit"), "--target", "0.8", "--dry-run", "--device", "cpu", *output]) == 0
     assert tree(tmp_path) == {}
     assert tree(saved) == before
     printed = capsys.readouterr().out
@@ -143,8 +113,8 @@ def test_only_the_denoiser_is_loaded_unless_there_are_prompts(
 
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", loaded)
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", loaded)
-    assert pruned("emoji-sd", tmp_path / "out") == 0
-    assert pruned("emoji-sd", tmp_path / "two", "--prompts", str(saved / "texts.txt")) == 2
+    assert pruned(saved / "dit", tmp_path / "out") == 0
+    assert pruned(saved / "dit", tmp_path / "two", "--prompts", str(saved / "classes.txt")) == 2
 
 
 def test_prompts_and_the_type_that_is_stored(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,13 +148,14 @@ def test_calibration_without_texts(saved: Path, tmp_path: Path, name: str, promp
     assert facts["calls_from"] == ("random" if name == "model" else "trajectories")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_weights_are_not_rounded_to_the_type_of_the_computation(saved: Path, tmp_path: Path, dtype: str) -> None:
-    assert pruned(saved / "model", tmp_path / "out", "--dtype", dtype, "--runs", "1") == 0
-    state = cut(toy("sd15"), PruningPlan.load(tmp_path / "out")).state_dict()
-    assert all(value.equal(state[key]) for key, value in load_model(tmp_path / "out").state_dict().items())
+    assert pruned(saved / "dit", tmp_path / "out", "--dtype", dtype, "--runs", "1") == 0
+    state = cut(denoiser(saved / "dit"), PruningPlan.load(tmp_path / "out" / "transformer")).state_dict()
+    assert all(value.equal(state[key]) for key, value in denoiser(tmp_path / "out").state_dict().items())
 
 
+@pytest.mark.slow
 def test_one_file_of_the_original_layout(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
@@ -207,128 +178,3 @@ def test_pruned_again(saved: Path, tmp_path: Path) -> None:
     ]
     assert costs[2] <= 0.8 * costs[1] <= 0.64 * costs[0]
     assert (tmp_path / "two" / "transformer" / "pruning_plan.1.json").is_file()
-
-
-BAD = {
-    "a target out of reach": ("sd", ("--target", "0.01"), "at best, not to 0.01; raise the target"),
-    "a target below zero": ("sd", ("--target", "-1"), r"in \(0, 1\], not -1"),
-    "a target that is no number": ("sd", ("--target", "nan"), r"in \(0, 1\], not nan"),
-    "nothing to remove": ("sd", ("--target", "1"), "removes nothing"),
-    "no checkpoint": (".", (), "is no checkpoint"),
-    "another class": ("sd/vae", (), "cannot prune the AutoencoderKL in .*; known are UNet2DModel"),
-    "a component": ("sd", ("--component", "vae"), "has no component vae; there are unet"),
-    "a variant": ("sd", ("--variant", "fp16"), r"has no weights \*.fp16.safetensors"),
-    "a device": ("sd", ("--device", "tpu9"), "there is no device tpu9 here; use --device"),
-    "a kind": ("sd", ("--kinds", "foo"), "unknown kind 'foo'; use heads"),
-    "kinds that are not there": ("dit", ("--kinds", "channels"), "has no channels to remove"),
-    "a size of shards": ("sd", ("--max-shard-size", "abc"), "abc"),
-    "a size": ("sd", ("--size", "0"), "size 0x0 does not fit"),
-    "runs": ("sd", ("--runs", "-1"), "runs >= 1"),
-    "a seed": ("sd", ("--seed", "-1", "--criterion", "random"), "non-negative"),
-    "no prompts": ("sd", ("--criterion", "taylor"), "give --prompts FILE, with a prompt a line"),
-    "empty prompts": ("sd", ("--prompts", "empty.txt"), "empty.txt has no prompts; write one a line"),
-    "prompts that are not there": ("sd", ("--prompts", "nosuch.txt"), "cannot read prompts from .*nosuch.txt"),
-    "prompts for nothing": (
-        "sd",
-        ("--prompts", "texts.txt", "--criterion", "magnitude"),
-        "magnitude looks at no prompts",
-    ),
-    "prompts of a model": ("model", ("--prompts", "texts.txt"), "is a single network and reads no prompts"),
-    "prompts without text": ("ddpm", ("--prompts", "texts.txt"), "draws without prompts"),
-    "texts as classes": ("dit", ("--prompts", "texts.txt"), "a number from 0 to 999, not 'a red heart'"),
-    "no steps": ("ddpm", ("--criterion", "taylor", "--steps", "0"), "needs calls >= 1 and steps >= 1"),
-    "no calls": ("model", ("--criterion", "taylor", "--calls", "0"), "at least one call"),
-    "a config": ("original.safetensors", ("--config", "nosuch"), "--config .*nosuch is no folder"),
-    "another config": ("original.safetensors", ("--config", "sd"), "cannot be opened with the config"),
-    "inside": ("sd", ("--output", "sd/smaller"), "lies inside of the checkpoint"),
-    "deep inside": ("sd", ("--output", "sd/vae/a/smaller"), "lies inside of the checkpoint"),
-    "in place": ("sd", ("--output", "sd"), "exists and is not empty; choose a new folder"),
-    "a file": ("sd", ("--output", "texts.txt"), "exists and is not empty"),
-    "under a file": ("sd", ("--output", "texts.txt/out"), "cannot write into .*texts.txt; choose"),
-}
-
-
-@pytest.mark.parametrize("what", BAD)
-def test_bad_input_gets_a_sentence(
-    saved: Path, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    name, options, words = BAD[what]
-    monkeypatch.chdir(saved)
-    names = set(tree(saved))
-    assert pruned(name, tmp_path / "a" / "out", *options) == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("diffaccel: error: ")]
-    assert len(said) == 1
-    assert re.search(words, said[0])
-    assert tree(tmp_path) == {}
-    assert set(tree(saved)) == names
-
-
-def test_names_that_are_chosen_from_a_list(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for option in ("--criterion", "--budget", "--cost", "--dtype"):
-        with pytest.raises(SystemExit, match="2"):
-            pruned(saved / "sd", tmp_path / "out", option, "foo")
-        assert f"argument {option}: invalid choice: 'foo'" in capsys.readouterr().err
-    assert main(["prune", str(saved / "sd"), "--target", "0.8"]) == 2
-    assert "say where to write: --output DIR, or --dry-run" in capsys.readouterr().err
-
-
-def test_the_names_are_those_of_the_code() -> None:
-    from diffaccel.pruning import command_line
-    from diffaccel.pruning.budgets.allocation import METHODS
-    from diffaccel.pruning.criteria import CRITERIA
-
-    costs = importlib.import_module("diffaccel.pruning.prune").COSTS
-    assert set(command_line.CRITERIA) == set(CRITERIA)
-    assert set(command_line.BUDGETS) == set(METHODS)
-    assert set(command_line.COSTS) == set(costs)
-
-
-@pytest.mark.parametrize(
-    ("place", "error", "status", "words"),
-    [
-        ("shutil.copyfile", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2, "error: .*No space left on device"),
-        ("diffusers.UNet2DConditionModel.save_pretrained", KeyboardInterrupt(), 130, "interrupted"),
-        ("diffaccel.pruning.command.write_report", OSError(errno.ENOSPC, "No space left"), 2, "error: .*No space left"),
-    ],
-)
-def test_failures_half_way(
-    saved: Path,
-    tmp_path: Path,
-    place: str,
-    error: BaseException,
-    status: int,
-    words: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(place, fail)
-    assert pruned(saved / "sd", tmp_path / "a" / "out") == status
-    assert re.search(words, capsys.readouterr().err)
-    assert tree(tmp_path) == {}
-
-
-def test_a_damaged_text_encoder(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.copytree(diffaccel.zoo.path("emoji-sd"), tmp_path / "source")
-    file = tmp_path / "source" / "text_encoder" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    assert pruned(tmp_path / "source", tmp_path / "out", "--prompts", str(saved / "texts.txt")) == 2
-    assert "diffaccel: error: " in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_prompts_of_a_file(tmp_path: Path) -> None:
-    (tmp_path / "p").write_text("\ufeffa ünicode 😀 prompt\r\n\r\n  b  \n", encoding="utf-8-sig")
-    assert read_prompts(tmp_path / "p")[-1] == "b"
-    (tmp_path / "p").write_text("1\n 22\n")
-    assert read_prompts(tmp_path / "p") == ["1", "22"]
-    assert read_prompts(tmp_path / "p", classes=23) == [1, 22]
-    for wrong in ("22", "²", "-1", "1.0"):
-        (tmp_path / "p").write_text(f"1\n{wrong}\n", encoding="utf-8")
-        with pytest.raises(ValueError, match=re.escape(f"a number from 0 to 9, not {wrong!r}")):
-            read_prompts(tmp_path / "p", classes=10)
-    (tmp_path / "p").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="cannot read prompts from"):
-        read_prompts(tmp_path / "p")
