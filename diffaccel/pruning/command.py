@@ -137,6 +137,7 @@ class _Job:
             folder="" if output is None else str(output),
             component=self.checkpoint.component,
             variant=self.checkpoint.variant or "",
+            dtype=str(self.checkpoint.dtype).removeprefix("torch."),
             latency=(self.latency[0], self.latency[1]) if len(self.latency) == 2 else None,
             where=self.where,
             **found,

@@ -63,6 +63,7 @@ class Report:
         folder: where the result is; "" after a dry run, and what follows is not known then.
         component: name of the network in the pipeline; "" for a network alone.
         variant: of the names of the weights' files ("fp16"); "" for none.
+        dtype: type the weights are stored in, such as "float16".
         stock: whether the folder opens without diffaccel.
         reload: relative difference of outputs between the network in memory and the one read from the folder.
         mask: the same between the cut network and the original with a mask; None if that was not compared.
@@ -81,6 +82,7 @@ class Report:
     folder: str = ""
     component: str = ""
     variant: str = ""
+    dtype: str = "float32"
     stock: bool = True
     reload: float | None = None
     mask: float | None = None
@@ -202,9 +204,12 @@ def _of(removed: int, units: int) -> str:
 
 
 def _opening(report: Report) -> str:
-    variant = f', variant="{report.variant}"' if report.variant else ""
-    call = f".from_pretrained({json.dumps(report.folder, ensure_ascii=False)}{variant})"
+    options = f', variant="{report.variant}"' if report.variant else ""
+    half = report.dtype != "float32"  # parts of a pipeline would open in different types, and the call fail
+    options += f", dtype=torch.{report.dtype}" if half else ""
+    call = f".from_pretrained({json.dumps(report.folder, ensure_ascii=False)}{options})"
     lines = [] if report.stock else ["import diffaccel  # knows the shapes of pruned networks"]
+    lines += ["import torch"] if half else []
     if report.component:
         lines += ["from diffusers import DiffusionPipeline", "", f"pipe = DiffusionPipeline{call}"]
     elif report.stock:

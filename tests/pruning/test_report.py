@@ -98,6 +98,13 @@ def test_how_a_pipeline_is_opened() -> None:
     lines = code(REPORT).splitlines()
     assert lines[0].startswith("import diffaccel")
     assert lines[-1] == 'pipe = DiffusionPipeline.from_pretrained("out/my \\"model\\"", variant="fp16")'
+
+
+def test_opening_names_the_type_of_half_precision() -> None:
+    """Without it Transformers opens its parts in the stored type and Diffusers the others in float32."""
+    page = markdown(replace(REPORT, folder="out", component="unet", variant="", dtype="float16"))
+    assert "import torch\n" in page
+    assert 'DiffusionPipeline.from_pretrained("out", dtype=torch.float16)' in page
     assert "diffaccel" not in code(replace(REPORT, stock=True))
     assert "Stock Diffusers opens it" in markdown(replace(REPORT, stock=True))
     assert "variant" not in code(replace(REPORT, variant=""))
