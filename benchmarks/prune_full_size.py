@@ -55,7 +55,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         found["parameters"].append(parameters(smaller))
         found["class"] = type(smaller).__name__
         if masked is not None:
-            checkpoint = Checkpoint(folder, "", DTYPE, None, name)
+            checkpoint = Checkpoint(folder / "original", "", DTYPE, None, name)  # never written: there are no weights
             check = write_checkpoint(
                 checkpoint, smaller, proposal.plan, folder / "out", masked=masked, max_shard_size="1GB"
             )

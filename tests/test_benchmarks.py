@@ -301,3 +301,26 @@ def test_cifar10_fid_reports_by_number_of_pictures(
     assert "| 100 | 200 |" in text
     reference = load_reference(module.moments_file("test", 200, extractor), extractor)
     assert frechet(train, reference.gaussian) == pytest.approx(frechet(train, test), abs=1e-6)
+
+
+def test_pruning_benchmark_of_a_network_alone(bench: Callable[[str], ModuleType], monkeypatch, tmp_path) -> None:
+    full_size, pruning = bench("full_size"), bench("prune_full_size")
+    small = {"sample_size": 16, "cross_attention_dim": 8, "block_out_channels": (16, 32), "norm_num_groups": 4}
+    small |= {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "attention_head_dim": 4}
+    small |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    monkeypatch.setitem(full_size.ARCHITECTURES, "sd15", ("small", UNet2DConditionModel, small))
+    found = pruning.measure("sd15", tmp_path)
+    assert found["class"] == "PrunedUNet2DConditionModel"
+    assert found["mask"] < 0.1
+    assert found["macs"][1] / found["macs"][0] == pytest.approx(0.7, abs=0.05)
+    assert pruning.row("sd15", found).startswith("| small | PrunedUNet2DConditionModel |")
+
+
+def test_pruning_speed_names_every_cut(bench: Callable[[str], ModuleType], monkeypatch) -> None:
+    full_size, speed = bench("full_size"), bench("prune_speed")
+    small = {"num_attention_heads": 4, "attention_head_dim": 4, "in_channels": 4, "out_channels": 8}
+    small |= {"sample_size": 8, "num_layers": 4, "num_embeds_ada_norm": 10, "norm_num_groups": 4}
+    monkeypatch.setitem(full_size.ARCHITECTURES, "dit", ("small", full_size.ARCHITECTURES["dit"][1], small))
+    lines = speed.measure("dit", 1)
+    assert lines[0] == "## small, 32x32 latents, batch 1"
+    assert sum(line.startswith(("| width", "| depth", "| both")) for line in lines) >= 8
