@@ -7,7 +7,6 @@ the grid.
 """
 
 import argparse
-import tempfile
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -20,7 +19,6 @@ import diffaccel  # noqa: F401  from_pretrained asks it for the shapes of pruned
 from diffaccel import cost, pruning
 from diffaccel.eval import read_prompts
 from diffaccel.pictures import labelled_grid, save_picture
-from diffaccel.pruning.report import losses
 from diffaccel.sample import best_device
 
 
@@ -46,7 +44,7 @@ def main() -> None:
     run: Any = {"guidance_scale": args.guidance_scale}
 
     # In float32, in which gradients neither overflow nor vanish. It is saved in the type that it came in.
-    checkpoint = pruning.open_checkpoint(args.model, Path(tempfile.mkdtemp()))
+    checkpoint = pruning.open_checkpoint(args.model)
     pipe = checkpoint.load_pipeline(dtype=torch.float32).to(best_device())
 
     def pictures(pipe: Any) -> list:
@@ -59,16 +57,18 @@ def main() -> None:
 
     # What the U-Net is given while pictures are made. Every prompt costs a picture; 8 of them are enough.
     calibration = pruning.record(pipe, others[:: len(others) // 8 or 1][:8], calls=args.calls, steps=args.steps, **run)
+    groups = pruning.find_groups(pipe.unet)
+    scores = pruning.score("taylor", pipe.unet, groups.of(*pruning.WIDTH), calibration)  # they serve all targets
 
     # Look first: a mask computes what the cut will compute, at the full cost, and is gone at the end of its block.
     rows = {"full": pictures(pipe)}
     for target in (*args.preview, args.target):
-        plan = pruning.propose(pipe, target, criterion="taylor", calibration=calibration).plan
+        plan = pruning.propose(pipe, target, criterion="taylor", calibration=calibration, scores=scores).plan
         with pruning.mask(pipe.unet, plan):
             rows[f"{target:.0%} of the MACs, masked"] = pictures(pipe)
 
     print(f"removed for {args.target:.0%}, by stage:")
-    for loss in losses(pruning.find_groups(pipe.unet).found, plan):
+    for loss in pruning.losses(groups.found, plan):
         print(f"  {loss.stage:16} {loss.removed:5} of {loss.units:5} {loss.kind}")
 
     # Cut: a new network, that shares no memory with the old one.

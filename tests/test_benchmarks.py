@@ -149,7 +149,7 @@ def test_solver_tables_end_to_end(bench: Callable[[str], ModuleType], tiny_model
     for side, found in results.screened.items():
         errors = [s.error for s in found[4] if len(s.mse) == 2 * 4]  # those of the last round
         assert errors == sorted(errors)
-        assert len(errors) >= 8
+        assert len(errors) >= 5
         assert all(s.trace.calls == 4 for s in found[4])
         assert [e.label for e in results.best[side][4]] == [s.candidate.label for s in found[4][:2]]
 
@@ -323,4 +323,4 @@ def test_pruning_speed_names_every_cut(bench: Callable[[str], ModuleType], monke
     monkeypatch.setitem(full_size.ARCHITECTURES, "dit", ("small", full_size.ARCHITECTURES["dit"][1], small))
     lines = speed.measure("dit", 1)
     assert lines[0] == "## small, 32x32 latents, batch 1"
-    assert sum(line.startswith(("| width", "| depth", "| both")) for line in lines) >= 8
+    assert sum(line.startswith(("| width", "| depth", "| both")) for line in lines) >= 5
