@@ -131,10 +131,11 @@ def random_calls(model: nn.Module, n: int = 8, *, seed: int = 0, **inputs: Any) 
 def run(model: nn.Module, call: Call) -> Tensor:
     """Prediction of the network for a recorded call, on the network's device; autograd is the caller's business.
 
-    Of a network with a learned variance (DiT, PixArt-alpha) the first half of the channels: what pipelines keep.
+    Of a network with a learned variance (DiT, PixArt-alpha) the first half of the channels: what pipelines keep. A call
+    in half precision may be made of a network in float32: float16 is good enough to draw, not for gradients.
     """
-    device = next(model.parameters()).device
-    output = model(*_to(call.args, device), **_to(call.kwargs, device))[0]  # of a tuple, or Diffusers' output class
+    weight = next(model.parameters())
+    output = model(*_to(call.args, weight), **_to(call.kwargs, weight))[0]  # of a tuple, or Diffusers' output class
     channels = cast(Any, model).config.in_channels
     return output[:, :channels] if output.ndim == 4 and output.shape[1] == 2 * channels else output
 
@@ -232,13 +233,16 @@ def _copy(value: Any, last: Any) -> Any:
     return value
 
 
-def _to(value: Any, device: torch.device) -> Any:
+def _to(value: Any, weight: Tensor) -> Any:
+    """On the device of `weight`; half precision in its type, if that is wider."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        half = value.dtype in (torch.float16, torch.bfloat16)
+        wider = half and torch.promote_types(value.dtype, weight.dtype) == weight.dtype
+        return value.to(weight.device, weight.dtype if wider else value.dtype)
     if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
+        return {key: _to(item, weight) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_to(item, device) for item in value)
+        return type(value)(_to(item, weight) for item in value)
     return value
 
 

@@ -19,6 +19,8 @@ from diffaccel.pruning.parts.resnet import channels
 
 BLOCKS = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks", "single_transformer_blocks")
 
+MOVED = {"group_offloading", "layerwise_casting"}  # hooks of Diffusers
+
 
 def find_groups(model: nn.Module) -> Groups:
     """Everything of a network that can be removed so that the rest computes exactly what a mask would leave.
@@ -33,9 +35,11 @@ def find_groups(model: nn.Module) -> Groups:
 
     Raises:
         TypeError: for another class.
-        ValueError: if nothing in it can be removed; the message has the first reason.
+        ValueError: if nothing in it can be removed; the message has the first reason. Or if its weights are elsewhere,
+            or of another type, until a hook fetches them (offloading, layerwise casting).
     """
     family = family_of(model)
+    _check_hooks(model)
     found: dict[str, Group] = {}
     refused: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -52,6 +56,17 @@ def find_groups(model: nn.Module) -> Groups:
     if not any(group.sites for group in found.values()) and refused:
         raise ValueError(f"nothing in this {type(model).__name__} can be pruned: {next(iter(refused.values()))}")
     return Groups(found, refused | no_depth)
+
+
+def _check_hooks(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        away = hasattr(module, "_hf_hook") and any(weight.is_meta for weight in module.parameters())
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        if away or not MOVED.isdisjoint(hooks):
+            raise ValueError(
+                f"weights of {name or 'this network'} are moved or cast by hooks (offloading, layerwise casting); "
+                "load it without, prune, and do that with the result"
+            )
 
 
 def _width(name: str, module: Any) -> list[Group]:

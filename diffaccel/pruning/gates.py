@@ -46,10 +46,11 @@ def gate(model: nn.Module, groups: Sequence[Group], gates: Mapping[str, Tensor],
             into the bias. Linear layers only.
 
     Raises:
-        ValueError: if there is no group, or gates of a wrong shape.
+        ValueError: if there is no group, gates of a wrong shape, or the network was compiled.
     """
     if not groups:
         raise ValueError("there is no group to put a gate on")
+    check_eager(model)
     for group in groups:
         if tuple(gates[group.name].shape) != (group.units,):
             raise ValueError(
@@ -69,6 +70,17 @@ def gate(model: nn.Module, groups: Sequence[Group], gates: Mapping[str, Tensor],
         layer = model.get_submodule(name)
         handles.append(layer.register_forward_pre_hook(_multiply(layer, parts, (fill or {}).get(name))))
     return Handle(handles)
+
+
+def check_eager(model: nn.Module) -> None:
+    """Nothing, if hooks that are put on the network now will be seen.
+
+    Raises:
+        ValueError: if the network, or a module of it, was compiled in place. Compiled code does not look for new hooks
+            (`torch._dynamo.config.skip_nnmodule_hook_guards`), and one compiled with hooks keeps them.
+    """
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        raise ValueError("this network was compiled in place, and hooks would do nothing; load it once more to prune it")
 
 
 def _multiply(layer: Any, parts: list[tuple[Site, Tensor]], fill: Tensor | None) -> Any:

@@ -201,7 +201,8 @@ def _head(model: str, costs: Costs, left: float, rows: Sequence[_Row]) -> Image.
     y = 72
     pen.text((0, y), f"Length of a bar: its {measure}; filled: what is kept; number: units.", fill=INK, font=_font(12))
     y += 4
-    for text, colour in {PLACES[place][1]: PLACES[place][0] for place in PLACES if place in places}.items():
+    known = {_place(place) for place in places}
+    for text, colour in {PLACES[place][1]: PLACES[place][0] for place in PLACES if place in known}.items():
         y += LINE
         _draw_bar(pen, (0, y), 40, 26, colour)
         pen.text((50, y + BAR / 2), text, fill=INK, font=_font(12), anchor="lm")
@@ -223,13 +224,18 @@ def _draw_panel(pen: ImageDraw.ImageDraw, panel: _Panel, corner: tuple[int, int]
         for bar in row.bars:
             left = x + panel.columns[bar.place]
             end = left + round(bar.cost * scale) + 4
-            _draw_bar(pen, (left, y), bar.cost * scale, bar.left * scale, PLACES[bar.place][0])
+            _draw_bar(pen, (left, y), bar.cost * scale, bar.left * scale, PLACES[_place(bar.place)][0])
             if not row.gone:
                 colour = GREY if bar.kept == bar.units else INK
                 pen.text((end, middle), bar.number, fill=colour, font=_font(11), anchor="lm")
         if row.gone:
             pen.line((start, middle, end - 4, middle), fill=LOST)
             pen.text((end, middle), row.gone, fill=LOST, font=_font(11), anchor="lm")
+
+
+def _place(place: str) -> str:
+    """Entry of `PLACES`: that of the kind for a place of no colour of its own (GLIGEN's `fuser.attn.heads`)."""
+    return place if place in PLACES else place.rpartition(".")[2]
 
 
 def _draw_bar(pen: ImageDraw.ImageDraw, corner: tuple[int, int], length: float, filled: float, colour: str) -> None:

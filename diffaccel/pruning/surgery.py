@@ -45,7 +45,8 @@ def cut(model: nn.Module, plan: PruningPlan, fill: Fill | None = None) -> nn.Mod
             bias (FLAP's compensation, arXiv:2312.11983, section 4.3). Linear layers with a bias only.
 
     Raises:
-        ValueError: if the plan is for another network, or nothing would be left of it.
+        ValueError: if the plan is for another network, nothing would be left of it, or the network has weights that
+            its config does not tell of (a LoRA).
     """
     groups = plan.check(model)
     gone = plan.gone(groups)
@@ -73,7 +74,18 @@ def _skeleton(model: Any, plan: PruningPlan, groups: Groups, gone: list[Group], 
             skeleton = build(pruned_class(stock), config | {"pruned_structure": structure})
         if _shapes(skeleton.state_dict()) == _shapes(state):
             return skeleton
+    _check_weights(model, plan)
     raise RuntimeError(f"no config says the shapes of this pruned {stock.__name__}: our error, please report it")
+
+
+def _check_weights(model: nn.Module, plan: PruningPlan) -> None:
+    """Refuse a network that is no longer what its config says."""
+    there, said = _shapes(model.state_dict()), _shapes(plan.original().state_dict())
+    if changed := [name for name in (*there, *said) if there.get(name) != said.get(name)]:
+        raise ValueError(
+            f"{changed[0]} of this network is not what its config says ({len(changed)} such weights); fuse or unload "
+            "LoRAs and other adapters first, and register changed layers in the config"
+        )
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:

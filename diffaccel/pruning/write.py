@@ -26,7 +26,7 @@ from diffaccel.pruning.stored import read_json
 from diffaccel.pruning.surgery import mask
 
 WEIGHTS = {".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb"}
-PROBE_SIDE = 16  # latents of the comparison; less where the network is made for less
+PROBE_SIDE = 16  # latents of the comparison; less where the network is made for less, more for deep U-Nets
 # Relative difference between the cut and the masked network: rounding only. They sum in another order.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -224,7 +224,8 @@ def _compare(folder: Path, checkpoint: Checkpoint, model: Any, off_mask: float |
 def probe(model: Any) -> Tensor:
     """Output of a network for small random inputs, always the same ones; float32."""
     side = getattr(model.config, "sample_size", None)
-    inputs = example_inputs(model, size=min(side, PROBE_SIDE) if isinstance(side, int) else PROBE_SIDE)
+    least = max(PROBE_SIDE, 2 ** (len(getattr(model, "down_blocks", ())) - 1))  # every stage of a U-Net halves
+    inputs = example_inputs(model, size=min(side, least) if isinstance(side, int) else least)
     training = model.training
     output = model.eval()(**inputs, return_dict=False)[0].float()
     model.train(training)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffaccel import cost
 from diffaccel.pruning.costs.table import Costs
+from diffaccel.pruning.gates import check_eager
 from diffaccel.pruning.groups import Group
 from diffaccel.pruning.structure import shrink
 
@@ -54,12 +55,13 @@ def latency_costs(
         warmup: runs before them.
 
     Raises:
-        ValueError: if the network is on the meta device, or `widths` is below 2.
+        ValueError: if the network is on the meta device or compiled in place, or `widths` is below 2.
     """
     if widths < 2:
         raise ValueError(f"latency_costs needs widths >= 2 to interpolate, not {widths}")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("a network on the meta device computes nothing that could be timed; move it with to_empty()")
+    check_eager(model)
     total = cost.latency(lambda: model(**inputs), warmup=warmup, runs=runs).median
     calls = _record(model, {name for group in groups for name in group.modules}, inputs)
     parts = [(group, name) for group in groups for name in group.modules]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffaccel.pruning.calibration import Calibration, run, still
 from diffaccel.pruning.criteria.scores import per_unit
+from diffaccel.pruning.gates import check_eager
 from diffaccel.pruning.groups import Group
 
 
@@ -100,6 +101,8 @@ def unit_energy(
     energies = np.zeros(group.units)
     for site in (site for site in group.sites if site.side == "in"):
         layer, x = model.get_submodule(site.module), inputs[site.module]
+        if not x.rows:
+            continue  # never called: GLIGEN's layers without its boxes
         energies += per_unit(x.count / x.rows * of(layer, x) * column_energy(layer), site, group.units)
     return energies
 
@@ -148,6 +151,7 @@ def _change(name: str, before: Tensor, after: Tensor) -> float:
 def _replay(model: nn.Module, calibration: Calibration, hooks: list[Any], weight: list[float]) -> None:
     """Make the calls, each with its weight where the hooks find it, and remove the hooks whatever happens."""
     try:
+        check_eager(model)
         with torch.no_grad(), still(model):
             for call in logging.tqdm(calibration.calls, desc="activations"):
                 weight[0] = call.weight

@@ -29,6 +29,8 @@ def stock_class(model: nn.Module | type) -> type:
     for stock in FAMILIES:
         if kind is stock or getattr(kind, "stock", None) is stock:
             return stock
+    if kind.__name__ == "OptimizedModule":
+        raise TypeError("cannot prune what torch.compile returned; give the network itself, and compile the result")
     known = ", ".join(stock.__name__ for stock in FAMILIES)
     raise TypeError(f"cannot prune a {kind.__name__}; known are {known}")
 

@@ -71,6 +71,8 @@ def reordered_rows(model: Any, gone: Sequence[Group]) -> dict[str, list[int]]:
     if last not in removed or not getattr(model.transformer_blocks[-1], "context_pre_only", False):
         return {}
     kept = [i for i in range(count) if f"transformer_blocks.{i}" not in removed]
+    if not kept:
+        return {}  # `stock_config` says what is wrong
     block = f"transformer_blocks.{kept[-1]}"
     width = model.transformer_blocks[kept[-1]].norm1_context.linear.out_features // 6
     none: dict[str, list[int]] = {

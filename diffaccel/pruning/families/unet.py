@@ -99,8 +99,9 @@ def _nested(model: Any, config: dict[str, Any], down: list[list[int]], removed: 
     up = [_kept_layers(stage, f"up_blocks.{i}", removed) for i, stage in enumerate(model.up_blocks)]
     mid = config["transformer_layers_per_block"]
     mid = mid[-1] if isinstance(mid, list | tuple) else mid
-    if model.mid_block is not None and not hasattr(model.down_blocks[-1], "attentions"):
-        blocks = model.mid_block.attentions[0].transformer_blocks
+    middle = next(iter(getattr(model.mid_block, "attentions", ())), None)
+    if hasattr(middle, "transformer_blocks") and not hasattr(model.down_blocks[-1], "attentions"):
+        blocks = middle.transformer_blocks
         mid = sum(f"mid_block.attentions.0.transformer_blocks.{k}" not in removed for k in range(len(blocks)))
         down = [*down[:-1], [mid]]  # a last stage without attention does not read its entry, the middle does
     return {"transformer_layers_per_block": down, "reverse_transformer_layers_per_block": up}

@@ -21,7 +21,7 @@ def heads(name: str, attn: Any) -> Group:
 
     Raises:
         NotPrunableError: if heads are not independent (a norm over all heads, shared keys), or something hangs on them
-            (an IP-Adapter, fused projections, a LoRA, a quantised layer).
+            (an IP-Adapter, fused projections, a LoRA, a quantised layer, a processor that knows their number).
     """
     layers = {key: attn.get_submodule(key) for key in (*INPUTS, *OUTPUTS) if _has(attn, key)}
     for key, layer in layers.items():
@@ -47,6 +47,9 @@ def _check(name: str, attn: Any, width: int) -> None:
         )
     if attn.to_k is None:
         raise NotPrunableError(f"{name} has no keys of its own")
+    if getattr(attn, "add_k_proj", None) is not None and getattr(attn, "add_q_proj", None) is None:
+        # DeepFloyd IF and Kandinsky: `AttnAddedKVProcessor2_0` shapes its result as wide as its input
+        raise NotPrunableError(f"{name} has a processor that needs heads as wide as its input together")
     if attn.to_k.out_features != attn.to_q.out_features:
         raise NotPrunableError(f"{name} shares keys and values among heads")
     for key in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
