@@ -80,7 +80,9 @@ def check_eager(model: nn.Module) -> None:
             (`torch._dynamo.config.skip_nnmodule_hook_guards`), and one compiled with hooks keeps them.
     """
     if any(module._compiled_call_impl is not None for module in model.modules()):
-        raise ValueError("this network was compiled in place, and hooks would do nothing; load it once more to prune it")
+        raise ValueError(
+            "this network was compiled in place, and hooks would do nothing; load it once more to prune it"
+        )
 
 
 def _multiply(layer: Any, parts: list[tuple[Site, Tensor]], fill: Tensor | None) -> Any:

@@ -24,7 +24,9 @@ def mask(model: nn.Module, plan: PruningPlan, fill: Fill | None = None) -> Handl
     Raises:
         ValueError: if the plan is for another network.
     """
-    groups = plan.check(model).found
+    checked = plan.check(model)
+    groups = checked.found
+    _check_fill(model, plan, checked, fill or {})
     gates = {name: torch.ones(groups[name].units) for name in plan.removed}
     for name, units in plan.removed.items():
         gates[name][list(units)] = 0
@@ -36,7 +38,8 @@ def cut(model: nn.Module, plan: PruningPlan, fill: Fill | None = None) -> nn.Mod
     """A network without the units of `plan`; `model` is left as it is, no memory is shared.
 
     A stock Diffusers class where its config can say the shapes (depth alone, mostly), else the subclass `Pruned...` of
-    it, whose config has them.
+    it, whose config has them. How the original is run is not taken over: its attention processors, gradient
+    checkpointing, frozen weights, compilation, hooks.
 
     Args:
         model: a network on any device, the `meta` device included, in any floating-point type.
@@ -49,12 +52,21 @@ def cut(model: nn.Module, plan: PruningPlan, fill: Fill | None = None) -> nn.Mod
             its config does not tell of (a LoRA).
     """
     groups = plan.check(model)
+    _check_fill(model, plan, groups, fill or {})
     gone = plan.gone(groups)
     state = _reduced_state(model, plan, groups, gone, fill or {})
     smaller = _skeleton(model, plan, groups, gone, state)
     smaller.load_state_dict(state, strict=True, assign=True)
     _take_buffers(model, smaller, numbering_of(gone))
     return smaller.train(model.training)
+
+
+def _check_fill(model: nn.Module, plan: PruningPlan, groups: Groups, fill: Fill) -> None:
+    """Refuse what a mask could put in and no bias can: there is none, or the kernel is padded with zeros."""
+    for name in (layer for side, layer in removed_features(plan, groups) if side == "in" and layer in fill):
+        layer = model.get_submodule(name)
+        if not isinstance(layer, nn.Linear) or layer.bias is None:
+            raise ValueError(f"fill has {name}, which is no Linear with a bias to put it into; leave it out")
 
 
 def _skeleton(model: Any, plan: PruningPlan, groups: Groups, gone: list[Group], state: dict[str, Tensor]) -> nn.Module:

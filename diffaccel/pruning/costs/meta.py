@@ -6,17 +6,21 @@ import copy
 from typing import Any
 
 import torch
+from accelerate.hooks import ModelHook
 from torch import Tensor, nn
 
 
 def meta_copy(model: nn.Module) -> Any:
     """A copy of `model` on the meta device; its weights are never copied.
 
-    Forward hooks are left out: gates and recorders would meet tensors without numbers.
+    Forward hooks are left out: gates and recorders would meet tensors without numbers. So are Accelerate's, which would
+    move them, and know other networks of the pipeline.
     """
     # `deepcopy` takes what it finds in its memo instead of copying: every tensor is there.
     tensors = [*model.parameters(), *model.buffers()]
-    copied = copy.deepcopy(model, {id(tensor): _meta(tensor) for tensor in tensors})
+    known: dict[int, Any] = {id(tensor): _meta(tensor) for tensor in tensors}
+    known |= {id(module._hf_hook): ModelHook() for module in model.modules() if hasattr(module, "_hf_hook")}
+    copied = copy.deepcopy(model, known)
     for module in copied.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()

@@ -38,8 +38,12 @@ def score(
         seed: seed of `random` and of the projections of `taylor`.
 
     Raises:
-        ValueError: if the name is not known, the calibration is missing, or a score is not finite.
+        ValueError: if the name is not known, the calibration is missing, the network has only shapes (`meta` device)
+            and the criterion needs numbers, or a score is not finite.
+        TypeError: if the calibration is none.
     """
+    if criterion in (*CALIBRATED, "magnitude") and any(weight.is_meta for weight in model.parameters()):
+        raise ValueError(f"{criterion} looks at weights, and a network on the meta device has none; load it first")
     if criterion == "magnitude":
         return magnitude(model, groups)
     if criterion == "random":
@@ -50,6 +54,9 @@ def score(
         raise ValueError(f"unknown criterion {criterion!r}; use {', '.join(CRITERIA)}")
     if calibration is None:
         raise ValueError(f"{criterion} looks at calls of the network; give a calibration (`record`, `random_calls`)")
+    if not isinstance(calibration, Calibration):
+        told = type(calibration).__name__
+        raise TypeError(f"calibration is what `record(pipe, prompts)` or `random_calls(model)` returns, not a {told}")
     if criterion == "taylor":
         return taylor(model, groups, calibration, seed=seed)
     return (activation if criterion == "activation" else flap)(model, groups, calibration)

@@ -99,7 +99,7 @@ def _nested(model: Any, config: dict[str, Any], down: list[list[int]], removed: 
     up = [_kept_layers(stage, f"up_blocks.{i}", removed) for i, stage in enumerate(model.up_blocks)]
     mid = config["transformer_layers_per_block"]
     mid = mid[-1] if isinstance(mid, list | tuple) else mid
-    middle = next(iter(getattr(model.mid_block, "attentions", ())), None)
+    middle: Any = next(iter(getattr(model.mid_block, "attentions", ())), None)
     if hasattr(middle, "transformer_blocks") and not hasattr(model.down_blocks[-1], "attentions"):
         blocks = middle.transformer_blocks
         mid = sum(f"mid_block.attentions.0.transformer_blocks.{k}" not in removed for k in range(len(blocks)))
