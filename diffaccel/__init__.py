@@ -1,10 +1,10 @@
 """Fast Diffusers pipelines, with measurements that show the pictures stay good."""
 
+from typing import Any
+
 # Diffusers looks these two names up in this module when it reloads a component of ours (`pipeline_loading_utils`).
 from diffusers.models.modeling_utils import ModelMixin as ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
-
-from typing import Any
 
 from diffaccel import zoo as zoo
 from diffaccel.portable import register_loadable, save_pretrained
@@ -57,7 +57,6 @@ __all__ = [
     "scheduler",
     "zoo",
 ]
-
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ from diffaccel.pruning.calibration import Calibration
 from diffaccel.pruning.costs import Costs, latency_costs, macs_costs, parameter_costs, planned
 from diffaccel.pruning.costs.meta import meta_copy, to_meta
 from diffaccel.pruning.criteria import CALIBRATED, CRITERIA, Scores, means, score
+from diffaccel.pruning.families.transformer import LENGTHS
 from diffaccel.pruning.find import find_groups
 from diffaccel.pruning.gates import Fill
 from diffaccel.pruning.groups import DEPTH, WIDTH, Group
@@ -111,7 +112,7 @@ def propose(
         cost: what is counted: "macs" (attention included), "parameters", or "latency", measured here and now on the
             device and in the type of the network.
         kinds: kinds of groups to remove from: of width ("heads", "neurons", "channels"), of depth ("block", "layer",
-            "transformer", "resnet", "mid_block"), or both.
+            "transformer", "resnet", "mid_block"), or both. The first block of a transformer stays if no other has to.
         calibration: calls of the network (`record`, `random_calls`), for the criteria that look at activations.
         inputs: arguments of a call of the network, for the costs; default: one sample of the size in its config.
         seed: of "random" and "taylor".
@@ -130,10 +131,9 @@ def propose(
     groups = _chosen(model, kinds)
     inputs = inputs or example_inputs(model)
     counted = _costs(cost, model, groups, inputs)
-    if (
-        criterion in CALIBRATED and scores is None
-    ):  # scores take a while: find out first whether the target can be reached
-        allocate(groups, {group.name: np.ones(group.units) for group in groups}, counted, target, budget)  # type: ignore[arg-type]
+    if criterion in CALIBRATED and scores is None:  # they take a while: can the target be reached at all?
+        equal = {group.name: np.ones(group.units) for group in groups}
+        allocate(groups, equal, counted, target, budget)  # type: ignore[arg-type]
     scores = scores or score(criterion, model, groups, calibration, seed=seed)
     removed = allocate(groups, scores, counted, target, budget)  # type: ignore[arg-type]
     if not removed:
@@ -170,11 +170,24 @@ def _chosen(model: nn.Module, kinds: Sequence[str]) -> list[Group]:
     if isinstance(kinds, str) or not kinds:
         raise ValueError(f"kinds is a list of {', '.join(WIDTH + DEPTH)}, not {kinds!r}")
     groups = find_groups(model)
-    if chosen := groups.of(*kinds):
+    if chosen := _but_one_block(model, groups.of(*kinds)):
         return chosen
     there = sorted({group.kind for group in groups.found.values()})
     raise ValueError(f"a {type(model).__name__} has no {' or '.join(kinds)} to remove; it has {', '.join(there)}")
 
 
+def _but_one_block(model: nn.Module, groups: list[Group]) -> list[Group]:
+    """`groups` without the first block of a transformer, if they have every block: one must stay."""
+    blocks = [group.name for group in groups if group.kind == "block" and group.name.count(".") == 1]
+    total = sum(len(getattr(model, name, ())) for name in LENGTHS)
+    first = blocks[0] if blocks and len(blocks) == total else None
+    return [group for group in groups if group.name != first]
+
+
 def _denoiser(network: Any) -> nn.Module:
-    return network if isinstance(network, nn.Module) else next(iter(denoisers(network).values()))
+    if isinstance(network, nn.Module):
+        return network
+    found = denoisers(network)
+    if len(found) > 1:
+        raise ValueError(f"{type(network).__name__} has several denoisers ({', '.join(found)}); pass one of them")
+    return next(iter(found.values()))

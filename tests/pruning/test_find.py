@@ -103,7 +103,7 @@ def test_a_quantised_layer_is_refused():
     assert "prune before quantising" in find_groups(model).refused["transformer_blocks.0.ff"]
     for block in model.transformer_blocks:
         block.ff.net[2].__class__ = block.attn1.to_q.__class__ = Int8Linear
-    with pytest.raises(ValueError, match="nothing in this DiTTransformer2DModel can be pruned: .*prune before quant"):
+    with pytest.raises(ValueError, match=r"nothing in this DiTTransformer2DModel can be pruned: .*prune before quant"):
         find_groups(model)
 
 

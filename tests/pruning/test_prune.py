@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,3 +163,22 @@ def test_other_networks(network: Any) -> None:
 def test_an_option_that_is_not_known() -> None:
     with pytest.raises(TypeError, match="foo"):
         prune(toy("dit"), 0.7, foo=1)
+
+
+@pytest.mark.parametrize("name", ["pixart", "flux", "sd3"])
+def test_one_block_of_a_transformer_stays(name):
+    """A target that only the removal of all blocks would reach is refused before anything is scored."""
+    model = toy(name)
+    with pytest.raises(ValueError, match="raise the target"):
+        prune(model, 0.02, kinds=["block"], inputs=example_inputs(model, size=8))
+    smaller = prune(model, 0.6, kinds=["block"], inputs=example_inputs(model, size=8)).model
+    assert len(smaller.transformer_blocks) >= 1
+
+
+def test_pipelines_with_two_denoisers_and_float16_gradients_are_refused():
+    pipe = SimpleNamespace(unet=toy("sd15"), prior=toy("sd15"))
+    with pytest.raises(ValueError, match=r"several denoisers \(unet, prior\); pass one"):
+        prune(pipe, 0.8)
+    model = toy("sd15")
+    with pytest.raises(ValueError, match="gradients vanish in float16"):
+        prune(model.half(), 0.8, criterion="taylor", calibration=random_calls(model, 1, size=8))

@@ -38,8 +38,10 @@ def taylor(model: nn.Module, groups: Sequence[Group], calibration: Calibration, 
     Memory is that of a training step without weight gradients; `model.enable_gradient_checkpointing()` helps.
 
     Raises:
-        ValueError: if there is no group, or a score is not finite.
+        ValueError: if there is no group, a score is not finite, or the network is in float16.
     """
+    if any(weight.dtype == torch.float16 for weight in model.parameters()):
+        raise ValueError("gradients vanish in float16; use taylor on the network in float32 or bfloat16")
     draw = torch.Generator().manual_seed(seed)
     gates = {group.name: torch.ones(group.units, requires_grad=True) for group in groups}
     sums = {group.name: np.zeros(group.units) for group in groups}
