@@ -22,6 +22,7 @@ from diffaccel.pruning.inputs import example_inputs
 from diffaccel.pruning.lora import remap_lora
 from diffaccel.pruning.plan import PruningPlan
 from diffaccel.pruning.surgery import cut, mask
+from diffaccel.samplers.solvers import SOLVERS as ALL_SOLVERS
 from tests import tiny
 from tests.tiny import Toy, draw, noise, relative
 
@@ -116,6 +117,16 @@ def test_samplers(name, solver):
     with mask(original(name), plan_of(name)):
         expected = draw(whole, diffaccel.scheduler(solver, whole[0]), 4)
     assert relative(picture, expected) < 1e-4
+
+
+def test_every_sampler_of_ours():
+    small, whole = pipeline("sd", smaller("sd")), pipeline("sd", original("sd"))
+    for solver in sorted(set(ALL_SOLVERS) - set(SOLVERS)):
+        picture = draw(small, diffaccel.scheduler(solver, small[0]), 4)
+        with mask(original("sd"), plan_of("sd")):
+            expected = draw(whole, diffaccel.scheduler(solver, whole[0]), 4)
+        assert torch.isfinite(picture).all(), solver
+        assert relative(picture, expected) < 1e-3, solver
 
 
 # ControlNet: residuals for the skips, whose widths pruning does not change
