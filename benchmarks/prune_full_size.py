@@ -97,7 +97,11 @@ def main() -> None:
         "`python benchmarks/prune_full_size.py`: random weights, bfloat16, CPU.",
         "",
     ]
-    lines += [f"Depth and width at once, {TARGET:.0%} of the MACs kept; relative differences of outputs.", ""]
+    lines += [
+        f"Depth and width at once, evenly spaced, uniform, {TARGET:.0%} of the MACs kept; "
+        "relative differences of outputs.",
+        "",
+    ]
     lines += [head, "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
     for name in args.model:
         command = [sys.executable, __file__, "--alone", "--model", name]

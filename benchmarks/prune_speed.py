@@ -74,7 +74,11 @@ def main() -> None:
     lines += [
         f"`python benchmarks/prune_speed.py`: shares of the whole network, median of {args.rounds} rounds in one run, "
     ]
-    lines += [f"{args.threads} threads of {processor()}, float32, torch {torch.__version__}. Random weights.", ""]
+    lines += [
+        f"{args.threads} threads of {processor()}, float32, torch {torch.__version__}. "
+        "Random weights, random scores, knapsack.",
+        "",
+    ]
     for name in args.model:
         lines += measure(name, args.rounds)
     save_text("\n".join(lines), args.out)

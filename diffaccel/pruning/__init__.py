@@ -21,6 +21,7 @@ from diffaccel.pruning.inputs import example_inputs as example_inputs
 from diffaccel.pruning.lora import remap_lora as remap_lora
 from diffaccel.pruning.picture import draw as draw
 from diffaccel.pruning.plan import PruningPlan as PruningPlan
+from diffaccel.pruning.plan import load_plans as load_plans
 from diffaccel.pruning.prune import Proposal as Proposal
 from diffaccel.pruning.prune import Pruned as Pruned
 from diffaccel.pruning.prune import propose as propose

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ def run_prune(args: argparse.Namespace) -> str:
         ValueError: for bad input, in one sentence.
         OSError: if the output cannot be written; then nothing is there.
     """
+    if args.runs < 0:
+        raise ValueError(f"--runs must be 0 (no times) or more, not {args.runs}")
     output: Path | None = args.output
     if output is not None:
         check_output(output)
@@ -85,7 +88,8 @@ class _Job:
         smaller = cut(bare, self.plan)
         self.macs = count_macs(bare, self.inputs), count_macs(smaller, self.inputs)
         self.parameters = parameters(bare), parameters(smaller)
-        self.latency = [self._seconds(model)] if args.runs and not args.dry_run else []
+        self.stock = not hasattr(type(smaller), "stock")
+        self.latency: tuple[float, float] | None = None
         self.rounded = torch.promote_types(dtype, checkpoint.dtype) != dtype
         where = processor() if device == "cpu" else f"{device}"
         self.where = f"{where}, {torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')}, batch 1"
@@ -94,23 +98,30 @@ class _Job:
     def plan(self) -> PruningPlan:
         return self.proposal.plan
 
-    def _seconds(self, model: nn.Module) -> float:
+    def _time(self, smaller: nn.Module) -> tuple[float, float]:
+        """Median seconds of a call before and after; the networks take turns, so that a busy machine slows both."""
+        seconds: dict[nn.Module, list[float]] = {network: [] for network in (self.model, smaller) if network}
         with torch.inference_mode():
-            return latency(lambda: model(**self.inputs), warmup=1, runs=self.args.runs).median
+            for turn in range(self.args.runs + 1):
+                for network, times in seconds.items():
+                    once = latency(lambda network=network: network(**self.inputs), warmup=0, runs=1).median
+                    times += [once] if turn else []  # the first call chooses kernels and takes memory
+        before, after = (median(times) for times in seconds.values())
+        return before, after
 
     def _cut(self) -> tuple[Tensor, nn.Module]:
         """What the smaller network has to return, and that network."""
         assert self.model is not None
         masked = probe_masked(self.model, self.plan, self.proposal.fill)
         smaller = cut(self.model, self.plan, self.proposal.fill)
+        if self.args.runs and self.latency is None:
+            self.latency = self._time(smaller)
         self.model = None
         return masked, smaller
 
     def write(self, output: Path) -> Check:
         """Cut and write; the original is given back before the result is read again."""
         masked, smaller = self._cut()
-        if self.latency:
-            self.latency.append(self._seconds(smaller))
         if self.rounded:  # computed in a narrower type than is stored: what is written comes from the stored weights
             del smaller
             self.model = self.checkpoint.load()
@@ -125,7 +136,8 @@ class _Job:
     def report(self, output: Path | None = None, check: Check | None = None) -> Report:
         """What is known so far."""
         width = self.checkpoint.dtype.itemsize
-        found = {} if check is None else {"stock": check.stock, "reload": check.reload, "mask": check.mask}
+        found: dict[str, Any] = {"stock": self.stock}
+        found |= {} if check is None else {"reload": check.reload, "mask": check.mask}
         return Report(
             source=self.checkpoint.source,
             model=self.plan.model,
@@ -138,7 +150,7 @@ class _Job:
             component=self.checkpoint.component,
             variant=self.checkpoint.variant or "",
             dtype=str(self.checkpoint.dtype).removeprefix("torch."),
-            latency=(self.latency[0], self.latency[1]) if len(self.latency) == 2 else None,
+            latency=self.latency,
             where=self.where,
             **found,
         )
@@ -149,7 +161,7 @@ class _Job:
             f"{self.macs[1] / self.macs[0]:.1%} of the MACs",
             f"{self.parameters[1] / self.parameters[0]:.1%} of the parameters",
         ]
-        if len(self.latency) == 2:
+        if self.latency:
             parts.append(f"{self.latency[1] / self.latency[0]:.1%} of the time a call ({self.where})")
         return ", ".join(parts)
 
@@ -161,9 +173,10 @@ def _proposed(
     if args.prompts and criterion not in CALIBRATED:
         raise ValueError(f"{criterion} looks at no prompts; leave --prompts out, or choose {', '.join(CALIBRATED)}")
     calibration = _calibration(args, checkpoint, model, dtype) if criterion in CALIBRATED else None
-    facts = {"checkpoint": checkpoint.source}
-    if calibration and args.prompts:
-        facts |= {"prompts": args.prompts.name, "steps": args.steps}
+    facts: dict[str, Any] = {"checkpoint": checkpoint.source, "seed": args.seed}
+    if calibration and checkpoint.component:
+        guidance = "the pipeline's" if args.guidance_scale is None else args.guidance_scale
+        facts |= {"prompts": args.prompts.name if args.prompts else "none", "steps": args.steps, "guidance": guidance}
     return propose(
         model,
         args.target,

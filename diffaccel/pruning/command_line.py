@@ -12,7 +12,8 @@ BUDGETS = ("uniform", "global", "knapsack")
 COSTS = ("macs", "parameters", "latency")
 EPILOG = """examples:
   diffaccel prune emoji-sd --target 0.85 --prompts captions.txt --output smaller
-  diffaccel prune runwayml/stable-diffusion-v1-5 --target 0.7 --prompts captions.txt --dry-run
+  diffaccel prune stable-diffusion-v1-5/stable-diffusion-v1-5 --target 0.7 --prompts captions.txt --dry-run
+  diffaccel prune emoji-sd --target 0.7 --kinds layer,mid_block --prompts captions.txt --output stock
   diffaccel prune my-dit --target 0.7 --kinds depth --criterion evenly_spaced --output shorter
   diffaccel prune model.safetensors --config stable-diffusion-v1-5 --target 0.7 --output smaller
 """

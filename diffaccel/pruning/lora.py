@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,14 +44,14 @@ class Key(NamedTuple):
         return self.prefix.startswith("text_encoder")
 
 
-def remap_lora(lora: LoRA, plan: PruningPlan) -> dict[str, Tensor]:
+def remap_lora(lora: LoRA, plan: PruningPlan | Sequence[PruningPlan]) -> dict[str, Tensor]:
     """A LoRA of the network that `plan` is for, as one of the network that `cut` makes of it.
 
     Loaded as it is, a LoRA of the original lands on the wrong blocks where blocks are gone, without an error. Here
     blocks get their new numbers, and each product B A loses the rows and columns that its layer loses: loading the
     result after cutting equals cutting after fusing. Layers that are gone or constant lose their part of the LoRA.
 
-    A network that was pruned twice needs this twice, with one plan after the other.
+    A network that was pruned twice needs both plans, in their order: `load_plans(folder)`.
 
     Args:
         lora: state dict in the names of Diffusers or PEFT (`lora_A`, `lora.down`, `to_q_lora.down`; `unet.` or
@@ -59,7 +59,7 @@ def remap_lora(lora: LoRA, plan: PruningPlan) -> dict[str, Tensor]:
             its folder. Other names that Diffusers converts (kohya's, for U-Nets and Flux) are converted here, with the
             config of the original; the pipeline of a pruned SDXL would count its blocks instead. Alphas, also those
             of the `LoraConfig` in the header of a file, are multiplied into B.
-        plan: what the network was pruned by.
+        plan: what the network was pruned by, or all that it was pruned by.
 
     Returns:
         State dict for `pipe.load_lora_weights`, `model.load_lora_adapter` or PEFT, with scale 1 (alpha = rank); keys
@@ -70,6 +70,15 @@ def remap_lora(lora: LoRA, plan: PruningPlan) -> dict[str, Tensor]:
             nothing is left; for a DoRA on a layer that loses inputs, since the norms of its weights change; for a file
             that cannot be read.
     """
+    plans = [plan] if isinstance(plan, PruningPlan) else list(plan)
+    if not plans:
+        raise ValueError("a LoRA is remapped by the plans of a network; give one or more")
+    for step in plans:
+        lora = _remapped(lora, step)
+    return dict(lora)  # type: ignore[arg-type]
+
+
+def _remapped(lora: LoRA, plan: PruningPlan) -> dict[str, Tensor]:
     original = plan.original()
     state = _standard(lora, original)
     keys = _keys(state, original)

@@ -112,8 +112,10 @@ class PruningPlan:
         """Read a plan: a file, or the folder it lies in.
 
         Raises:
-            ValueError: if there is none, or it is damaged.
+            ValueError: if there is none, it is damaged, or the folder was pruned more than once (`load_plans`).
         """
+        if (Path(path) / "pruning_plan.1.json").is_file():
+            raise ValueError(f"{path} was pruned more than once; read its plans with load_plans, or name a file")
         file = Path(path) / FILE if Path(path).is_dir() else Path(path)
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
@@ -133,6 +135,18 @@ class PruningPlan:
             raise ValueError(f"{file} is no pruning plan ({error} is missing)") from None
         except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{file} is no pruning plan ({error})") from None
+
+
+def load_plans(folder: str | Path) -> list[PruningPlan]:
+    """All plans of a pruned network, the first one first: `pruning_plan.1.json`, ..., and `pruning_plan.json`.
+
+    Raises:
+        ValueError: if there is none, or one is damaged.
+    """
+    earlier = []
+    while (file := Path(folder) / f"pruning_plan.{len(earlier) + 1}.json").is_file():
+        earlier.append(PruningPlan.load(file))
+    return [*earlier, PruningPlan.load(Path(folder) / FILE)]
 
 
 def fingerprint(model: nn.Module) -> str:

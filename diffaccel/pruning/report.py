@@ -133,7 +133,8 @@ def markdown(report: Report) -> str:
         parts += [f"## How to open it\n\n{_opening(report)}", f"## Checks\n\n{_checks(report)}"]
         parts.append(f"Costs of the original, layer by layer: `{LAYERS}`.")
     else:
-        parts.append("Nothing was written.")
+        opens = "stock Diffusers" if report.stock else "Diffusers once diffaccel is imported"
+        parts.append(f"Nothing was written. Written, the folder would open in {opens}.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -133,6 +133,7 @@ def write_checkpoint(
         stored: Any = _cast(model, checkpoint.dtype)
         stored.save_pretrained(inside, max_shard_size=max_shard_size, variant=checkpoint.variant)
         plan.save(inside)
+        _mark_card(folder, plan)
         _keep_plans(checkpoint.model_folder, inside)
         _readable(inside)
         if checkpoint.component:
@@ -180,6 +181,20 @@ def _keep_plans(source: Path, folder: Path) -> None:
         count += 1
     if (source / FILE).is_file():
         shutil.copyfile(source / FILE, folder / f"pruning_plan.{count}.json")
+
+
+def _mark_card(folder: Path, plan: PruningPlan) -> None:
+    """Say in the model card, which is that of the original, that this is not the original."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return
+    text = card.read_text(encoding="utf-8")
+    end = text.find("\n---", 3) + 4 if text.startswith("---") else 0  # behind the metadata
+    share = f" to {plan.facts['target']:.0%} of its {plan.facts['cost']}" if "target" in plan.facts else ""
+    note = (
+        f"> Pruned by diffaccel{share}. What follows is the card of the original; its numbers are not of this model.\n"
+    )
+    save_text(f"{text[:end]}\n\n{note}\n{text[end:].lstrip()}".lstrip("\n"), card)
 
 
 def _readable(folder: Path) -> None:

@@ -31,7 +31,7 @@ BAD = {
     "kinds that are not there": ("dit", ("--kinds", "channels"), "has no channels to remove"),
     "a size of shards": ("dit", ("--max-shard-size", "abc"), "abc"),
     "a size": ("sd", ("--size", "0"), "size 0x0 does not fit"),
-    "runs": ("dit", ("--runs", "-1"), "runs >= 1"),
+    "runs": ("dit", ("--runs", "-1"), "--runs must be 0"),
     "a seed": ("dit", ("--seed", "-1", "--criterion", "random"), "non-negative"),
     "no prompts": ("sd", ("--criterion", "taylor"), "give --prompts FILE, with a prompt a line"),
     "empty prompts": ("sd", ("--prompts", "empty.txt"), "empty.txt has no prompts; write one a line"),

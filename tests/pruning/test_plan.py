@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from diffaccel.pruning.find import find_groups
-from diffaccel.pruning.plan import FILE, PruningPlan, fingerprint
+from diffaccel.pruning.lora import remap_lora
+from diffaccel.pruning.plan import FILE, PruningPlan, fingerprint, load_plans
 from diffaccel.pruning.surgery import cut, mask
 from tests.pruning.toys import TOYS, toy
 
@@ -146,3 +148,19 @@ def test_no_plan_and_no_json(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(b"\xff\xfe{")
     with pytest.raises(ValueError, match="is no pruning plan"):
         PruningPlan.load(tmp_path)
+
+
+def test_all_plans_of_a_network_that_was_pruned_twice(tmp_path):
+    model = toy("pixart")
+    first = PruningPlan.of(model, {"transformer_blocks.0": [0]})
+    first.save(tmp_path / "pruning_plan.1.json")
+    second = PruningPlan.of(cut(model, first), {"transformer_blocks.1": [0]})
+    second.save(tmp_path)
+    assert load_plans(tmp_path) == [first, second]
+    with pytest.raises(ValueError, match="pruned more than once; read its plans with load_plans"):
+        PruningPlan.load(tmp_path)
+    # The original's second block is the only one left, and is the first one now.
+    lora = {f"transformer_blocks.1.attn1.to_q.lora_{side}.weight": torch.randn(16, 16) for side in "AB"}
+    assert set(remap_lora(lora, load_plans(tmp_path))) == {name.replace("blocks.1", "blocks.0") for name in lora}
+    with pytest.raises(ValueError, match="one or more"):
+        remap_lora(lora, [])

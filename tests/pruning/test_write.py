@@ -139,6 +139,19 @@ def test_links_are_written_as_files_that_belong_to_the_user(tmp_path: Path) -> N
         assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640), path
 
 
+def test_the_card_says_that_this_is_not_the_original(tmp_path: Path) -> None:
+    checkpoint = pipeline(tmp_path)
+    card = tmp_path / "source" / "README.md"
+    card.write_text("---\nlicense: mit\n---\n\n# A model\n")
+    written(checkpoint, tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert text.startswith("---\nlicense: mit\n---\n\n> Pruned by diffaccel")
+    assert text.endswith("\n\n# A model\n")
+    card.write_text("# A model\n")
+    written(checkpoint, tmp_path / "plain")
+    assert (tmp_path / "plain" / "README.md").read_text().startswith("> Pruned by diffaccel")
+
+
 def test_what_is_no_part_of_the_pipeline_stays_behind(tmp_path: Path) -> None:
     checkpoint = pipeline(tmp_path)
     folder = tmp_path / "source"
