@@ -12,7 +12,6 @@ divided by that of the whole network in its round.
 from __future__ import annotations
 
 import argparse
-import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -107,7 +106,8 @@ def main() -> None:
     print(text)
     RESULTS.mkdir(exist_ok=True)
     save_text(text, RESULTS / "prune_emoji.md")
-    shutil.copyfile(args.out / "report.json", RESULTS / "prune_emoji.json")
+    report = (args.out / "report.json").read_text(encoding="utf-8")
+    save_text(report.replace(f"{args.out.resolve()}/", f"{args.out.name}/"), RESULTS / "prune_emoji.json")
     grid(args.out, list(subjects), RESULTS / "prune_emoji.png")
 
 
