@@ -54,7 +54,9 @@ def add_prune(commands: Any) -> None:
     place.add_argument("--size", type=int, help="side of the latents that costs are for (default: the config's)")
     place.add_argument("--runs", type=int, default=3, help="timed calls before and after; 0: no times (default: 3)")
     place.add_argument("--device", help="cpu, cuda, mps (default: what there is)")
-    place.add_argument("--dtype", choices=DTYPES, help="to compute in (default: float32, or bfloat16 if stored so)")
+    place.add_argument(
+        "--dtype", choices=DTYPES, help="to compute in (default: float32; off the CPU bfloat16 if stored so)"
+    )
     place.add_argument("--max-shard-size", default="10GB", help="of a weights file (default: 10GB)")
     parser.set_defaults(run=_prune)
 

@@ -16,6 +16,7 @@ from diffaccel.pruning.families import FAMILIES, stock_class
 from diffaccel.pruning.find import find_groups
 from diffaccel.pruning.groups import DEPTH, Group, Groups
 from diffaccel.pruning.models import pruned_class
+from diffaccel.pruning.numbering import numbering_of
 from diffaccel.pruning.structure import build
 
 FILE, FORMAT = "pruning_plan.json", 1
@@ -92,6 +93,15 @@ class PruningPlan:
             raise ValueError(f"the plan is for a {self.model}, which this version does not know")
         return build(pruned_class(stock) if self.config.get("pruned_structure") else stock, self.config)
 
+    def renamed(self) -> dict[str, str | None]:
+        """Index map: new names of the entries of lists that lose some, by their old names; None for those that go."""
+        original = self.original()
+        gone = [group for group in self.gone(find_groups(original)) if group.kind in ("block", "layer")]
+        numbering = numbering_of(gone)
+        lists = dict.fromkeys(name.rpartition(".")[0] for group in gone for name in group.modules)
+        entries = [f"{name}.{i}" for name in lists for i in range(len(original.get_submodule(name)))]
+        return {name: numbering.new(name) for name in entries}
+
     def gone(self, groups: Groups) -> list[Group]:
         """Modules that are left out whole, without those inside of others (a ResNet's body leaves its shortcut)."""
         removed = [groups.found[name] for name in self.removed]
@@ -99,11 +109,14 @@ class PruningPlan:
         return [group for group in depth if not any(other.contains(group) for other in depth)]
 
     def save(self, path: str | Path) -> Path:
-        """Write it as JSON; a folder gets a `pruning_plan.json`. Units are written as runs: "0-3,7"."""
+        """Write it as JSON; a folder gets a `pruning_plan.json`. Units are written as runs: "0-3,7".
+
+        `renamed()` is written for other programs; it follows from the groups, and is not read again.
+        """
         file = Path(path) / FILE if Path(path).is_dir() else Path(path)
         groups = {name: {"units": self.units[name], "removed": _runs(units)} for name, units in self.removed.items()}
         model = {"class": self.model, "fingerprint": self.fingerprint, "config": self.config}
-        content = {"format": FORMAT, "model": model, "facts": self.facts, "groups": groups}
+        content = {"format": FORMAT, "model": model, "facts": self.facts, "groups": groups, "renamed": self.renamed()}
         save_text(json.dumps(content, indent=1, default=_plain) + "\n", file)
         return file
 

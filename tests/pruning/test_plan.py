@@ -164,3 +164,15 @@ def test_all_plans_of_a_network_that_was_pruned_twice(tmp_path):
     assert set(remap_lora(lora, load_plans(tmp_path))) == {name.replace("blocks.1", "blocks.0") for name in lora}
     with pytest.raises(ValueError, match="one or more"):
         remap_lora(lora, [])
+
+
+def test_the_file_has_the_index_map(tmp_path):
+    model = toy("deep_sd15")
+    plan = PruningPlan.of(model, {"down_blocks.0.layer.1": [0], "down_blocks.1.resnets.0.channels": [0]})
+    written = json.loads(plan.save(tmp_path / "plan.json").read_text())["renamed"]
+    assert written["down_blocks.0.resnets.1"] is None
+    assert written["down_blocks.0.attentions.2"] == "down_blocks.0.attentions.1"
+    assert written["up_blocks.1.resnets.3"] == "up_blocks.1.resnets.2"
+    assert not any(name.startswith("down_blocks.1") for name in written)
+    names = {name for name, _ in cut(model, plan).named_modules()}
+    assert {new for new in written.values() if new} <= names

@@ -22,8 +22,7 @@ def flap(model: nn.Module, groups: Sequence[Group], calibration: Calibration) ->
     bias makes up for it; so do layers without a bias. Depths are as in `activation`.
 
     The paper standardises scores within each layer before layers are compared. Here they are compared as they are:
-    budgets add scores up, for which they must be energies, and on `emoji-sd` standardised scores told next to nothing
-    about the true change of the prediction (rank correlation 0.12 over all units).
+    budgets add scores up, for which they must be energies.
 
     Raises:
         ValueError: if a score is not finite, or a module for depth has no residual connection.
