@@ -60,12 +60,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Pruning, and the classes of pruned networks, when one asks for them: importing the networks takes seconds."""
-    if name in ("prune", "pruning"):
-        import importlib
+    """What works on networks is imported when one asks for it: the networks take seconds to import."""
+    import importlib
 
+    if name in ("prune", "pruning"):
         pruning = importlib.import_module("diffaccel.pruning")
         return pruning if name == "pruning" else pruning.prune
+    if name in _POLICIES:
+        return getattr(importlib.import_module(f"diffaccel.samplers.policy{_POLICIES[name]}"), name)
     if name.startswith("Pruned"):
         from diffaccel.pruning import models
 
@@ -73,6 +75,8 @@ def __getattr__(name: str) -> Any:
             return models.pruned_class(models.NAMES[name])
     raise AttributeError(f"module 'diffaccel' has no attribute {name!r}")
 
+
+_POLICIES = {"stitch": ".stitch", "stitch_frontier": ".frontier", "early_exit": ".exits", "fit_exits": ".exits"}
 
 # Saved pipelines name a class by its module: the short name lets files move (`["diffaccel", "DPMSolverScheduler"]`).
 for _cls in NAMED:

@@ -13,10 +13,10 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from diffaccel.cost import latency, parameters, peak_memory, processor
+from diffaccel.meta import meta_copy
 from diffaccel.pruning.calibration import Calibration, Prompt, random_calls, record
 from diffaccel.pruning.checkpoint import Checkpoint, open_checkpoint
 from diffaccel.pruning.costs import layer_table, macs_costs
-from diffaccel.pruning.costs.meta import meta_copy
 from diffaccel.pruning.criteria import CALIBRATED
 from diffaccel.pruning.families import stock_class
 from diffaccel.pruning.find import find_groups

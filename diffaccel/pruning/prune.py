@@ -11,10 +11,10 @@ from torch import nn
 
 import diffaccel
 from diffaccel.cost import denoisers, macs, parameters
+from diffaccel.meta import meta_copy, to_meta
 from diffaccel.pruning.budgets.allocation import METHODS, allocate
 from diffaccel.pruning.calibration import Calibration
 from diffaccel.pruning.costs import Costs, latency_costs, macs_costs, parameter_costs, planned
-from diffaccel.pruning.costs.meta import meta_copy, to_meta
 from diffaccel.pruning.criteria import CALIBRATED, CRITERIA, Scores, means, score
 from diffaccel.pruning.families.transformer import LENGTHS
 from diffaccel.pruning.find import find_groups

@@ -71,8 +71,13 @@ class NoiseLoss:
         time = spread_timesteps(len(latents), len(self._weight), latents.device)
         noise = torch.randn_like(latents)
         noised = self._signal[time, None, None, None] * latents + self._noise[time, None, None, None] * noise
-        error = model(noised.contiguous(memory_format=torch.channels_last), time, text).sample.float() - noise
+        noised = noised.contiguous(memory_format=torch.channels_last)
+        error = model(noised, time, text).sample.float() - self.target(noised, time, text, noise)
         return (error.square().mean((1, 2, 3)) * self._weight[time]).mean()
+
+    def target(self, noised: torch.Tensor, time: torch.Tensor, text: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """What the model is to predict: the noise."""
+        return noise
 
 
 def train_unet(

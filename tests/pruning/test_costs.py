@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from diffaccel import cost
+from diffaccel.meta import meta_copy
 from diffaccel.pruning.costs import (
     Costs,
     latency_costs,
@@ -20,7 +21,6 @@ from diffaccel.pruning.costs import (
     parameter_costs,
     planned,
 )
-from diffaccel.pruning.costs.meta import meta_copy
 from diffaccel.pruning.find import find_groups
 from diffaccel.pruning.groups import Group, Site
 from diffaccel.pruning.inputs import example_inputs

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from diffaccel import cost
-from diffaccel.pruning.costs.meta import meta_copy, to_meta
+from diffaccel.meta import meta_copy, to_meta
 
 HEADER = ("name", "class", "parameters", "MACs", "share")
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from diffaccel import cost
-from diffaccel.pruning.costs.meta import meta_copy, to_meta
+from diffaccel.meta import meta_copy, to_meta
 from diffaccel.pruning.costs.table import Costs
 from diffaccel.pruning.groups import Group, Site
 

@@ -1,0 +1,209 @@
+"""The hook on the pipeline's network that calls another one in its place, step by step."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.hooks import CpuOffload, add_hook_to_module, remove_hook_from_module
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import nn
+
+from diffaccel.samplers.policy.clock import Clock
+from diffaccel.samplers.policy.plan import FULL, Grid, Plan, Policy
+from diffaccel.samplers.policy.rows import split
+from diffaccel.samplers.policy.spent import Spent
+
+NAME = "diffaccel_policy"
+_CALLS_PER_STEP = 8  # guidance in separate calls makes two or three
+_COPY = "_diffaccel_copied_network"
+
+# A network with weights of its own, or what makes one out of the pipeline's, sharing its weights.
+Variant = nn.Module | Callable[[nn.Module], nn.Module]
+
+
+class PolicyHook(ModelHook):
+    """Plans at the first call of a run, and sends every call to the network that the plan names."""
+
+    def __init__(self, pipe: Any, policy: Policy, variants: Mapping[str, Variant], offload: bool):
+        super().__init__()
+        self.pipe, self.policy, self.variants, self.offload = pipe, policy, dict(variants), offload
+        self.clock = Clock()
+        self.plan: Plan | None = None
+        self.grid = Grid(())
+        self.spent = Spent()
+        self.networks: dict[str, Any] = {}  # of this run; views of the pipeline's network are made for each
+        self.compiled: dict[str, Callable[..., Any]] = {}
+        self._host: Any = None
+        self._home: Any = None  # device of the pipeline's network when it does not wait
+        self._left: Any = None  # and where it was left
+        self._step, self._calls, self._last = -1, 0, ""
+
+    # Diffusers' side
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        """Remember the network this hook is on."""
+        self._host = weakref.ref(module)
+        return module
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Find out if the call comes from a deep copy: Diffusers binds `forward` in a closure, which copies share."""
+        return args, kwargs if module is self._host() else kwargs | {_COPY: module}
+
+    @torch.compiler.disable
+    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call the network that the plan names."""
+        if (copied := kwargs.pop(_COPY, None)) is not None:
+            return _rebound(copied)(*args, **kwargs)
+        if module._compiled_call_impl is not None:
+            raise RuntimeError("this network was compiled around its policy; write handle.compile() instead")
+        given = _by_name(module, args, kwargs)
+        step = self._read_step(module, given)
+        names = self.plan.table[step]  # type: ignore[union-attr]
+        if len(set(names)) == 1:
+            return self._call(names[0], args, kwargs)
+        return split(names, self._call, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PolicyHook:
+        """For the copy of a whole pipeline; the copy of a network alone is a plain network (see `_rebound`)."""
+        pipe = memo.get(id(self.pipe))
+        variants = copy.deepcopy(self.variants, memo) if pipe is not None else {}
+        new = PolicyHook(pipe, self.policy, variants, self.offload)
+        memo[id(self)] = new
+        return new
+
+    # Runs
+
+    def _read_step(self, module: nn.Module, given: Mapping[str, Any]) -> int:
+        scheduler, timestep = self.pipe.scheduler, given["timestep"]
+        fresh = self.clock.new_run(scheduler)
+        step = self.clock.step(scheduler, timestep)
+        if fresh or step < self._step:
+            self._begin(module, step, given)
+        elif step != self._step:
+            self._calls = 0
+        self._step, self._calls = step, self._calls + 1
+        if self._calls > _CALLS_PER_STEP:
+            raise RuntimeError(
+                f"the network was called {self._calls} times at step {step}, and the scheduler of the pipeline that the "
+                "policy was attached to does not move; attach it to the pipeline that you call"
+            )
+        return step
+
+    def _begin(self, module: Any, step: int, given: Mapping[str, Any]) -> None:
+        owners = [value for value in self.pipe.components.values() if value is module]
+        if not owners:
+            raise RuntimeError("the pipeline has another network by now; remove the policy, and attach it again")
+        if not self.clock.fits(step, given["timestep"], getattr(module.config, "timestep_scale", 1.0)):
+            raise RuntimeError(
+                "the network is called at another timestep than its scheduler's; a policy works on the pipeline it was "
+                "attached to: attach it to the pipeline that you call"
+            )
+        self.grid = Grid(tuple(self.clock.times), step)
+        plan = self.policy.plan(self.grid, given)
+        if len(plan.table) != len(self.grid):
+            raise ValueError(f"the plan has {len(plan.table)} steps, the run has {len(self.grid)}; plan one row a step")
+        if unknown := set(plan.names()) - {FULL, *self.variants}:
+            known = ", ".join([FULL, *self.variants])
+            raise ValueError(f"the plan names {sorted(unknown)[0]!r}; the networks are {known}")
+        self.plan, self._calls, self._last = plan, 0, ""
+        if not self.compiled:
+            self.networks = {name: self.made(module, name) for name in plan.names() if name != FULL}
+        for name in plan.names():
+            self._place(module, name, waiting=self._offloads(module))
+        self.spent = Spent.of_run(plan, step, given, self.pipe)
+
+    def made(self, module: nn.Module, name: str) -> nn.Module:
+        variant = self.variants[name]
+        return variant if isinstance(variant, nn.Module) else variant(module)
+
+    def _call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self._host()
+        if name != self._last and self._offloads(module):
+            if self._last and self._last != name:
+                self._place(module, self._last, waiting=True)
+            self._place(module, name, waiting=False)
+        self._last = name
+        self.spent.count(self._step, name, args, kwargs)
+        if name in self.compiled:
+            return self.compiled[name](*args, **kwargs)
+        if name == FULL:
+            return self.fn_ref.original_forward(*args, **kwargs)
+        return self.networks[name](*args, **kwargs)
+
+    # Where weights are
+
+    def _offloads(self, module: Any) -> bool:
+        hook = getattr(module, "_hf_hook", None)
+        return self.offload or isinstance(hook, CpuOffload) or getattr(hook, "offload", False)
+
+    def _place(self, module: Any, name: str, waiting: bool) -> None:
+        """Bring a network with weights of its own to where, and into the type that, the pipeline's is; or let it wait."""
+        hook = getattr(module, "_hf_hook", None)
+        if module.device != self._left:
+            self._home = module.device
+        if name == FULL:
+            if self.offload and hook is None:
+                module.to("cpu" if waiting else self._home)
+                self._left = module.device
+        elif not shares_weights(self.networks[name], module):
+            network = self.networks[name]
+            network.to(device="cpu" if waiting else getattr(hook, "execution_device", None) or self._home)
+            if network.dtype != module.dtype:
+                network.to(dtype=module.dtype)
+
+
+def shares_weights(network: nn.Module, module: nn.Module) -> bool:
+    """Whether `network` is a view of `module`."""
+    known = {id(weight) for weight in module.parameters()}
+    return any(id(weight) in known for weight in network.parameters())
+
+
+def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _rebound(module: Any) -> Callable[..., Any]:
+    """`forward` of a deep copy, bound to the copy: with its own policy, or none if only the network was copied."""
+    registry = module._diffusers_hook
+    hook = registry.get_hook(NAME)
+    registry.remove_hook(NAME, recurse=False)
+    if hook.pipe is not None:
+        registry.register_hook(hook, NAME)
+    return module.forward
+
+
+@contextmanager
+def beneath_offloading(module: Any) -> Iterator[None]:
+    """Without Accelerate's hook on `module` while the block runs: it puts back the `forward` that it found."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        remove_hook_from_module(module)
+    try:
+        yield
+    finally:
+        if hook is not None:
+            add_hook_to_module(module, hook)
+
+
+def register(module: nn.Module, hook: PolicyHook) -> None:
+    """Put the hook on the network, inside of Accelerate's."""
+    with beneath_offloading(module):
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, NAME)
+
+
+def unregister(module: nn.Module) -> None:
+    """Take it off; nothing of it stays."""
+    with beneath_offloading(module):
+        registry = HookRegistry.check_if_exists_or_initialize(module)
+        registry.remove_hook(NAME, recurse=False)
+        if not registry.hooks:
+            del module._diffusers_hook
+        if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
+            del module.__dict__["forward"]  # the bound method that Diffusers put back

@@ -1,0 +1,89 @@
+"""Train a small partner of `emoji-sd` by distillation, for the first steps of a trajectory (T-Stitch).
+
+    python examples/train_zoo/partner.py --data DATA --output_dir OUT --seconds 2400    # OUT/emoji-sd-small/unet
+
+The small U-Net has half the channels and one layer a block, 28 % of the MACs. It learns what `emoji-sd` predicts for
+noised latents of the training pictures, with their captions and without: the squared difference of the two predictions,
+weighted as in `NoiseLoss`. Ctrl-C saves and stops; the same command with `--resume` goes on.
+"""
+
+# diffusers and torch annotate models, configs and outputs too loosely for these checks.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import torch
+from captions import CaptionTable, tokens
+from data import load_emoji, synthetic_emoji
+from diffusers import UNet2DConditionModel
+from fit import FitConfig, fit
+from pipeline import save_half
+from presets import PRESETS
+from run import SYNTHETIC
+from torch import nn
+from unet import NoiseLoss, latent_pool
+
+from diffaccel import zoo
+
+_BATCH = 64
+_DROPPED_CAPTIONS = 0.1
+
+
+def build_small(large: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A U-Net that takes and gives what `large` does, with narrower stages of one layer."""
+    small = {"block_out_channels": (32, 64, 96), "layers_per_block": 1}
+    return UNet2DConditionModel.from_config({**large.config, **small})
+
+
+class DistillationLoss(NoiseLoss):
+    """`NoiseLoss` with the prediction of a teacher in place of the noise."""
+
+    def __init__(self, teacher: nn.Module) -> None:
+        """`teacher` is called without gradients."""
+        super().__init__(torch.device("cpu"))
+        self._teacher = teacher.eval().requires_grad_(False)
+
+    def target(self, noised: torch.Tensor, time: torch.Tensor, text: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """What the teacher predicts."""
+        return self._teacher(noised, time, text).sample
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train the network of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help=f"folder that prepare.py wrote, or '{SYNTHETIC}'")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True, help="wall-clock budget of the training")
+    parser.add_argument("--steps", type=int, help="also end after so many steps")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
+    options = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    preset, synthetic = PRESETS["cpu"], options.data == SYNTHETIC
+    data = synthetic_emoji() if synthetic else load_emoji(Path(options.data), preset)
+    pipe = zoo.load("emoji-sd")
+    pool = latent_pool(pipe.vae, data, 1 if synthetic else preset.latent_copies, mixed_precision=False)
+    captions = CaptionTable.of(data.captions, pipe.tokenizer, torch.device("cpu")).embedded(pipe.text_encoder)
+    with torch.no_grad():
+        empty = pipe.text_encoder(tokens(pipe.tokenizer, [""])).last_hidden_state.half()
+
+    def next_batch() -> tuple[torch.Tensor, torch.Tensor]:
+        copy, picture = torch.randint(len(pool), (_BATCH,)), torch.randint(len(data), (_BATCH,))
+        dropped = torch.rand(_BATCH, 1, 1) < _DROPPED_CAPTIONS
+        return pool[copy, picture].float(), torch.where(dropped, empty, captions.draw(picture)).float()
+
+    small = build_small(pipe.unet).to(memory_format=torch.channels_last)
+    print(f"[small] {small.num_parameters() / 1e6:.2f} M parameters", flush=True)
+    config = FitConfig(
+        name="small", learning_rate=1.5e-3, seconds=options.seconds, steps=options.steps, ema_decay=0.9985
+    )
+    loss = DistillationLoss(pipe.unet.to(memory_format=torch.channels_last))
+    save = partial(save_half, folder=options.output_dir / "emoji-sd-small/unet")
+    fit(small, loss, next_batch, config, options.output_dir / "checkpoints", options.resume, save)
+
+
+if __name__ == "__main__":
+    main()
