@@ -92,7 +92,7 @@ def record(
         for j, (i, quota) in enumerate(logging.tqdm(runs, desc="calibration")):
             with _listening(network) as heard:
                 generator = torch.Generator("cpu").manual_seed(seed + i)
-                pipe(**{"generator": generator} | arguments | _named(prompts[i]))
+                pipe(**{"generator": generator} | arguments | named(prompts[i]))
             kept += _spread(_weighted(heard, pipe), quota, (j + 0.5) / len(runs))
     if not kept:
         raise ValueError(f"{type(pipe).__name__} made no call of its denoiser; is `steps` large enough?")
@@ -164,7 +164,7 @@ def _checked(prompts: Any) -> list[Prompt]:
     return prompts
 
 
-def _named(prompt: Prompt) -> dict[str, Any]:
+def named(prompt: Prompt) -> dict[str, Any]:
     """Arguments of the pipeline for one prompt."""
     if isinstance(prompt, str):
         return {"prompt": prompt}

@@ -3,9 +3,9 @@
     python examples/train_zoo/dit.py b --data DATA --output_dir OUT --seconds 3000     # OUT/emoji-dit-b/transformer
     python examples/train_zoo/dit.py s --data DATA --output_dir OUT --seconds 900
 
-A class is one emoji: the first 1,000 without flags and people, so that Diffusers' `DiTPipeline` can draw them (its class
-for "none" is number 1,000, fixed). VAE and noise schedule are those of `emoji-sd`. Ctrl-C saves and stops; the same
-command with `--resume` goes on.
+A class is one emoji: the first 1,000 without flags and people, so that Diffusers' `DiTPipeline` can draw them (its
+class for "none" is number 1,000, fixed). VAE and noise schedule are those of `emoji-sd`. Ctrl-C saves and stops; the
+same command with `--resume` goes on.
 """
 
 # diffusers and torch annotate models, configs and outputs too loosely for these checks.
@@ -37,7 +37,7 @@ _BATCH = 64
 
 
 def build_dit(size: str) -> DiTTransformer2DModel:
-    """A DiT for 16x16 latents of 4 channels, 64 tokens; at first it predicts 0 and its blocks do nothing (adaLN-Zero)."""
+    """A DiT for 16x16 latents of 4 channels, 64 tokens; adaLN-Zero: it begins as 0, and its blocks do nothing."""
     model = DiTTransformer2DModel(
         attention_head_dim=64,
         in_channels=4,
@@ -64,6 +64,15 @@ def chosen(data: Emoji, folder: Path) -> Emoji:
     groups = [group for style, group, tone in keys if style == "twemoji" and not tone]
     index = [i for i, group in enumerate(groups) if not group.startswith(_LEFT_OUT)][:CLASSES]
     return Emoji(data.images[index], [data.captions[i] for i in index])
+
+
+def save_index(pipe: DiTPipeline, data: Emoji, folder: Path) -> None:
+    """Write `model_index.json`, with the names of the classes (which Diffusers reads and does not write)."""
+    pipe.save_config(folder)
+    pipe.scheduler.save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["id2label"] = {str(i): captions[0].split(",")[0] for i, captions in enumerate(data.captions)}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 class LabelledNoiseLoss(NoiseLoss):
@@ -110,9 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
         ema_decay=0.9995,
         mixed_precision=True,
     )
-    names = {str(i): captions[0].split(",")[0] for i, captions in enumerate(data.captions)}
-    DiTPipeline(model, vae, training_schedule(), names).save_config(folder)
-    training_schedule().save_pretrained(folder / "scheduler")
+    save_index(DiTPipeline(model, vae, training_schedule()), data, folder)
     save = partial(save_half, folder=folder / "transformer")
     loss = LabelledNoiseLoss(torch.device("cpu"))
     fit(model, loss, next_batch, config, options.output_dir / f"checkpoints-{options.size}", options.resume, save)

@@ -77,18 +77,24 @@ def stitch(
         TypeError: if `small` is neither a network nor a pipeline, or a network of another kind.
         ValueError: for shares out of range, or networks that do not fit.
     """
-    smaller = list(small) if isinstance(small, list | tuple) else [small]
     if fraction is not None and timestep is not None:
         raise ValueError("give fraction (share of the steps) or timestep (noise level), not both")
     fractions = _numbers(0.4 if fraction is None and timestep is None else fraction)
     timesteps = _numbers(timestep)
-    _check_numbers(len(smaller), fractions, timesteps)
+    _check_numbers(len(small) if isinstance(small, list | tuple) else 1, fractions, timesteps)
+    networks = small_networks(pipe, small)
+    return attach(pipe, Stitch(tuple(networks), fractions, timesteps), networks, offload=offload)
+
+
+def small_networks(pipe: Any, small: Any) -> dict[str, nn.Module]:
+    """The networks in `small`, by name, after a look if they fit; see `stitch`."""
+    several = small if isinstance(small, list | tuple) else [small]
     networks = {}
-    for i, one in enumerate(smaller):
-        name = "small" if len(smaller) == 1 else f"small {i + 1}"
+    for i, one in enumerate(several):
+        name = "small" if len(several) == 1 else f"small {i + 1}"
         networks[name] = one if isinstance(one, nn.Module) else check_pipeline(pipe, one)
         check_network(pipe, networks[name])
-    return attach(pipe, Stitch(tuple(networks), fractions, timesteps), networks, offload=offload)
+    return networks
 
 
 def _numbers(value: float | Sequence[float] | None) -> tuple[float, ...]:
