@@ -1,7 +1,7 @@
 """T-Stitch and early exit on real weights: what they save and what they cost, by a paired test over 1,000 pictures.
 
-    python benchmarks/policies.py unet --small examples/train_zoo/weights/emoji-sd-small [--trained ASE_FOLDER]
-    python benchmarks/policies.py dit --weights examples/train_zoo/weights [--trained ASE_FOLDER]
+    python benchmarks/policies.py unet [--trained FOLDER]        # emoji-sd and emoji-sd-small, both in the package
+    python benchmarks/policies.py dit [--trained FOLDER]         # benchmarks/weights/emoji-dit-b and emoji-dit-s
 
 Every row makes the same pictures from the same noise: 10 steps of our default solver, guidance 4 (2 for the DiT, whose
 classes are single emoji). "n steps" is the control: the whole network with as many MACs, saved by fewer steps.
@@ -36,11 +36,11 @@ from diffaccel.samplers.policy import FULL, Handle, Plan, attach
 from diffaccel.samplers.policy.exits import FittedExits, fit_exits
 from diffaccel.samplers.policy.frontier import Point, frontier
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS, WEIGHTS = Path(__file__).parent / "results", Path(__file__).parent / "weights"
 STEPS = 10
 FRACTIONS = (0.2, 0.4, 0.6, 0.8, 1.0)
 TARGETS = (0.9, 0.75, 0.6)
-FEWER = (9, 8, 7, 6, 5)
+FEWER = (7, 5)
 GUIDANCE = {"unet": 4.0, "dit": 2.0}
 Row = tuple[Callable[[], Any], Callable[[Any], Handle | None], int]  # pipeline, what attaches a policy, steps
 
@@ -48,8 +48,7 @@ Row = tuple[Callable[[], Any], Callable[[Any], Handle | None], int]  # pipeline,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=GUIDANCE)
-    parser.add_argument("--weights", type=Path, help="dit: folder with emoji-dit-b and emoji-dit-s")
-    parser.add_argument("--small", type=Path, help="unet: pipeline or U-Net of the small partner")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder with emoji-dit-b and emoji-dit-s")
     parser.add_argument("--trained", type=Path, help="output of examples/train_early_exit.py")
     parser.add_argument("--num", type=int, default=1024, help="pictures of each row; at most 1,000 for the DiT")
     parser.add_argument("--timed", type=int, default=24, help="pictures that are timed")
@@ -149,10 +148,10 @@ def make_rows(args: argparse.Namespace, load: Callable[[], Any], out: Path, text
 
 
 def load_small(args: argparse.Namespace) -> Any:
-    """The small network, in the package's zoo layout: a folder `unet`, or a DiT."""
+    """The partner for the first steps."""
     if args.model == "dit":
         return load_dit(args.weights / "emoji-dit-s").transformer
-    return UNet2DConditionModel.from_pretrained(args.small, subfolder="unet", torch_dtype=torch.float32).eval()
+    return zoo.load("emoji-sd-small")
 
 
 def load_trained(load: Callable[[], Any], folder: Path) -> Any:

@@ -1,5 +1,6 @@
 """The examples run as they stand."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,13 @@ import pytest
 from nbclient import NotebookClient
 from PIL import Image
 
+from diffaccel import zoo
+from diffaccel.samplers.policy.exits import FittedExits
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
-PICTURES = {"swap_scheduler": 3, "solvers": 4, "fid_table": 3, "prune_stable_diffusion": 3}  # that a notebook draws
+PICTURES = {  # that a notebook draws
+    "swap_scheduler": 3, "solvers": 4, "fid_table": 3, "prune_stable_diffusion": 3, "stitch": 6, "early_exit": 4,
+}  # fmt: skip
 
 
 def test_swap_scheduler_draws_its_grid(tmp_path):
@@ -40,6 +46,48 @@ def test_prune_stable_diffusion_saves_what_it_draws(tmp_path):
     assert int(done.stdout.partition("differ by ")[2].split()[0]) <= 1  # kernels may round a last bit otherwise
     assert (tmp_path / "pruned" / "unet" / "pruning_plan.json").is_file()
     assert Image.open(tmp_path / "pruned.png").height > 4 * 128  # full, two masks, the cut
+
+
+def ran(name, folder, *arguments):
+    """What an example prints."""
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments]
+    return subprocess.run(command, cwd=folder, check=True, timeout=300, capture_output=True, text=True).stdout
+
+
+def test_stitch_writes_the_frontier(tmp_path):
+    few = ("--steps", "5", "--prompt", "red heart", "open book", "--fractions", "0.4", "1")
+    printed = ran("stitch", tmp_path, *few)
+    assert printed.startswith("2 x small, 3 x full: ")
+    assert "after handle.remove() by 0\n" in printed
+    points = json.loads((tmp_path / "stitched" / "frontier.json").read_text())["points"]
+    assert [point["name"] for point in points] == ["0% small", "40% small", "100% small"]
+    assert [round(point["share"], 2) for point in points] == [1.0, 0.71, 0.28]
+    assert Image.open(tmp_path / "stitched" / "pictures.png").height > 3 * 96
+    assert (tmp_path / "stitched" / "frontier.png").is_file()
+
+
+def test_stitch_takes_a_pipeline_or_a_network_of_a_folder(tmp_path):
+    small, pipe = zoo.load("emoji-sd-small"), zoo.load("emoji-sd")
+    small.save_pretrained(tmp_path / "network")
+    pipe.unet = small
+    pipe.save_pretrained(tmp_path / "pipeline")
+    few = ("--steps", "3", "--prompt", "red heart", "--fractions", "--fraction", "0.7", "--own-scheduler")
+    printed = [
+        ran("stitch", tmp_path, "--small", name, "--output", f"{name}-out", *few) for name in ("network", "pipeline")
+    ]
+    tables = [text.splitlines()[:2] for text in printed]
+    assert tables[0] == tables[1]
+    assert tables[0][0].startswith("2 x small, 1 x full: ")
+
+
+def test_early_exit_draws_its_schedules_beside_fewer_steps(tmp_path):
+    few = ("--steps", "4", "--fit", "2", "--parts", "2", "--target", "0.9", "0.5")
+    printed = ran("early_exit", tmp_path, *few)
+    assert printed.startswith("timesteps")
+    shares = [float(part.split("; ")[1].split("%")[0]) for part in printed.split("target ")[1:]]
+    assert 43 < shares[1] <= 50 < shares[0] <= 90
+    assert FittedExits.load(tmp_path / "early-exit" / "exits.safetensors").layers == 3
+    assert Image.open(tmp_path / "early-exit" / "pictures.png").height > 5 * 128  # whole, and two with each target
 
 
 @pytest.mark.slow

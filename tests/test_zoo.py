@@ -47,6 +47,32 @@ def test_emoji_clip_knows_a_red_picture():
     assert logits.argmax(1).tolist() == [0, 1]
 
 
+def test_emoji_sd_small_fits_emoji_sd():
+    pipe, small = zoo.load("emoji-sd"), zoo.load("emoji-sd-small")
+    assert type(small) is diffusers.UNet2DConditionModel
+    assert not small.training
+    assert small.dtype == torch.float32
+    pipe.set_progress_bar_config(disable=True)
+    captions = [f"{name}, twemoji style" for name in ("red heart", "full moon", "open book", "crying face")]
+    call = {"num_inference_steps": 10, "guidance_scale": 4.0, "output_type": "pt"}
+
+    def pictures():
+        return pipe(captions, generator=[torch.Generator().manual_seed(seed) for seed in range(4)], **call).images
+
+    whole, other = pictures(), {}
+    for fraction in (0.2, 1.0):
+        with diffaccel.stitch(pipe, small, fraction=fraction) as handle:
+            other[fraction] = (pictures() - whole).square().mean().item()
+            report = handle.report()
+            assert report.macs / report.full == pytest.approx(1 - fraction * (1 - 0.278), abs=2e-3)
+    noise = (whole - whole.roll(1, 0)).square().mean().item()  # pictures of other captions
+    assert other[0.2] < other[1.0] < 0.7 * noise
+
+
+def test_all_weights_are_small():
+    assert sum(file.stat().st_size for file in zoo.FOLDER.rglob("*")) < 40e6
+
+
 def test_unknown_name_lists_those_there_are():
     with pytest.raises(ValueError, match="use emoji-sd or emoji-clip"):
         zoo.load("emoji")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-NAMES = ("emoji-sd", "emoji-clip", "emoji-oms")
+NAMES = ("emoji-sd", "emoji-clip", "emoji-oms", "emoji-sd-small")
 
 
 def path(name: str) -> Path:
@@ -22,7 +22,8 @@ def load(name: str, **kwargs: Any) -> Any:
     """Load a zoo model, in float32 unless `dtype` says otherwise.
 
     `emoji-sd` is a plain `StableDiffusionPipeline` (64 x 64 pictures), `emoji-clip` a pair (`CLIPModel`, processor),
-    `emoji-oms` a `UNet2DConditionModel` for `diffaccel.starts.one_more_step` on `emoji-sd`.
+    `emoji-oms` a `UNet2DConditionModel` for `diffaccel.starts.one_more_step` on `emoji-sd`, `emoji-sd-small` one that
+    can stand in for the U-Net of `emoji-sd` (`diffaccel.stitch`).
 
     Args:
         name: one of `NAMES`.
@@ -39,7 +40,7 @@ def load(name: str, **kwargs: Any) -> Any:
             return CLIPModel.from_pretrained(folder, **kwargs).eval(), CLIPProcessor.from_pretrained(folder)
         from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-        if name == "emoji-oms":
+        if name in ("emoji-oms", "emoji-sd-small"):
             return UNet2DConditionModel.from_pretrained(folder, **kwargs).eval()
         return StableDiffusionPipeline.from_pretrained(folder, **kwargs)
 

@@ -68,12 +68,16 @@ class NoiseLoss:
     def __call__(self, model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Loss of (latents, text embeddings) at fresh random timesteps and noise."""
         latents, text = batch
-        time = spread_timesteps(len(latents), len(self._weight), latents.device)
+        time = self.times(len(latents), latents.device)
         noise = torch.randn_like(latents)
         noised = self._signal[time, None, None, None] * latents + self._noise[time, None, None, None] * noise
         noised = noised.contiguous(memory_format=torch.channels_last)
         error = model(noised, time, text).sample.float() - self.target(noised, time, text, noise)
         return (error.square().mean((1, 2, 3)) * self._weight[time]).mean()
+
+    def times(self, count: int, device: torch.device) -> torch.Tensor:
+        """Timesteps of a batch, evenly spread."""
+        return spread_timesteps(count, len(self._weight), device)
 
     def target(self, noised: torch.Tensor, time: torch.Tensor, text: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """What the model is to predict: the noise."""

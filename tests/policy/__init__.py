@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffaccel.samplers.policy import Grid, Handle, Plan
 from tests import tiny
 from tests.tiny import Toy, draw
 
@@ -21,14 +23,28 @@ _SMALLER: dict[str, dict[str, Any]] = {
     "FluxTransformer2DModel": {"num_single_layers": 0},
     "DiTTransformer2DModel": {"num_attention_heads": 1},
     "PixArtTransformer2DModel": {"num_attention_heads": 1, "cross_attention_dim": 4},
+    "WanTransformer3DModel": {"ffn_dim": 8},
     "SanaTransformer2DModel": {"num_attention_heads": 1, "num_cross_attention_heads": 1, "cross_attention_dim": 4},
 }
 
 
+@dataclass(frozen=True)
+class Fixed:
+    """A policy whose plan is written down."""
+
+    table: tuple[tuple[str, ...], ...]
+
+    def plan(self, grid: Grid, conditioning: Mapping[str, Any]) -> Plan:
+        return Plan(self.table)
+
+
 def toy(name: str) -> Toy:
-    """A pipeline of its own, to be changed as one likes."""
+    """A pipeline with a network and a scheduler of its own, to be changed as one likes."""
     pipe, call = getattr(tiny, name)()
-    return copy.deepcopy(pipe), call
+    pipe = copy.copy(pipe)
+    part = "unet" if getattr(pipe, "unet", None) is not None else "transformer"
+    pipe.register_modules(**{part: copy.deepcopy(getattr(pipe, part)), "scheduler": copy.deepcopy(pipe.scheduler)})
+    return pipe, call
 
 
 def denoiser(pipe: Any) -> Any:
@@ -39,12 +55,18 @@ def like(network: Any, seed: int = 1, **config: Any) -> Any:
     """Another network of this class, with other random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return type(network).from_config({**network.config, **config}).eval()
+        known = {key: value for key, value in network.config.items() if not key.startswith("_")}
+        return type(network)(**{**known, **config}).eval()
 
 
 def smaller(pipe: Any, seed: int = 1) -> Any:
     network = denoiser(pipe)
     return like(network, seed, **_SMALLER[type(network).__name__])
+
+
+def calls(handle: Handle) -> dict[str, int]:
+    """Calls of the last run by network, as its report has them, but without the cost that it counts."""
+    return handle._hook.spent.report(lambda name, call: 0).calls
 
 
 @contextmanager
@@ -67,7 +89,7 @@ def oracle(
     per_step: int = 1,
     **call: Any,
 ) -> Tensor:
-    """The picture if the first `counts[0]` steps are of `networks[0]`, and so on, and the rest of the pipeline's own."""
+    """The picture if the first `counts[0]` steps are of `networks[0]`, and so on, the rest of the pipeline's own."""
     queue = [network for network, count in zip(networks, counts, strict=True) for _ in range(count * per_step)]
 
     def chosen(original: Any, *args: Any, **kwargs: Any) -> Any:

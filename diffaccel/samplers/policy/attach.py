@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from diffaccel.cost import denoisers, macs
 from diffaccel.meta import meta_copy, to_meta
-from diffaccel.samplers.policy.hook import NAME, PolicyHook, Variant, register, unregister
+from diffaccel.samplers.policy.hook import NAME, PolicyHook, Variant, rebound, register, unregister
 from diffaccel.samplers.policy.plan import FULL, Grid, Plan, Policy
 from diffaccel.samplers.policy.spent import Report
 
@@ -44,8 +45,7 @@ class Handle:
 
         def count(name: str, call: tuple[tuple[Any, ...], dict[str, Any]]) -> int:
             if name not in counted:
-                network = self._module if name == FULL else self._hook.made(self._module, name)
-                counted[name] = meta_copy(network)
+                counted[name] = _plain(self._module if name == FULL else self._hook.made(self._module, name))
             return macs(counted[name], *to_meta(call[0]), **to_meta(call[1]))
 
         return self._hook.spent.report(count)
@@ -66,6 +66,7 @@ class Handle:
         """Take the policy off; the pipeline is what it was, to the bit. A second time does nothing."""
         registry = getattr(self._module, "_diffusers_hook", None)
         if registry is not None and registry.get_hook(NAME) is self._hook:
+            self._hook.come_home(self._module)
             unregister(self._module)
 
     def __enter__(self) -> Handle:
@@ -101,11 +102,21 @@ def attach(pipe: Any, policy: Policy, variants: Mapping[str, Variant], *, offloa
     name, module = next(iter(found.items()))
     if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
         raise ValueError(
-            f"pipe.{name} is compiled, and compiled networks call no hooks; attach the policy to the plain network, then "
-            "write handle.compile()"
+            f"pipe.{name} is compiled, and compiled networks call no hooks; attach the policy to the plain network, "
+            "then write handle.compile()"
         )
-    if attached(pipe) is not None:
-        raise ValueError(f"pipe.{name} has a policy already; take it off first: handle.remove()")
+    if "timestep" not in inspect.signature(type(module).forward).parameters or not hasattr(pipe, "scheduler"):
+        raise TypeError(
+            f"a policy follows the timesteps of pipe.scheduler, which {type(module).__name__} of {type(pipe).__name__} "
+            "is not told; give a pipeline of Diffusers with its plain network"
+        )
+    if (old := _hook(module)) is not None:
+        if old.pipe is not None:
+            raise ValueError(
+                f"pipe.{name} has a policy already, from this pipeline or one that shares it; take it off first: "
+                "handle.remove()"
+            )
+        unregister(module)  # the network alone was copied, and what is left of its policy does nothing
     if FULL in variants:
         raise ValueError(f"{FULL!r} is the pipeline's own network; give the variant another name")
     hook = PolicyHook(pipe, policy, variants, offload)
@@ -118,6 +129,8 @@ def attached(pipe: Any) -> Handle | None:
     for module in denoisers(pipe).values():
         hook = _hook(module)
         if hook is not None and hook.pipe is pipe:
+            if hook.fn_ref is None:
+                rebound(module)  # of a deep copy, which has not been called yet
             return Handle(module, hook)
     return None
 
@@ -125,3 +138,14 @@ def attached(pipe: Any) -> Handle | None:
 def _hook(module: nn.Module) -> PolicyHook | None:
     registry: Any = getattr(module, "_diffusers_hook", None)
     return registry.get_hook(NAME) if registry is not None else None
+
+
+def _plain(network: Any) -> Any:
+    """A copy to count on, without what Diffusers' hooks (casting, offloading) would do with tensors without numbers."""
+    copied = meta_copy(getattr(network, "_orig_mod", network))
+    for module in copied.modules():
+        if (registry := vars(module).pop("_diffusers_hook", None)) is not None:
+            vars(module).pop("forward", None)
+            if (casting := registry.get_hook("layerwise_casting")) is not None:
+                module.to(casting.compute_dtype)
+    return copied

@@ -8,6 +8,7 @@ import torch
 
 _SCALES = (1.0, 1e-3)  # Flux tells the network timestep / 1000
 _CLOSE = 0.01  # of the largest timestep: what rounding to bfloat16 may change
+_FOREIGN = "a policy works on the pipeline it was attached to: attach it to the pipeline that you call"
 
 
 class Clock:
@@ -15,12 +16,16 @@ class Clock:
 
     Schedulers with a `step_index` say it themselves: a timestep that occurs twice (Heun, DPM2) would not. PNDM has a
     counter. DDIM and DDPM have no state; their timesteps are all different, so that the timestep tells the step.
+
+    A network may be called by a pipeline with another scheduler. Then this one does not move, or the timesteps are not
+    its own, or not in its order: all methods that read the step raise `ValueError`.
     """
 
     def __init__(self) -> None:
         self.times: list[float] = []
         self._known: Any = None
-        self._start = 0
+        self._start = 0  # PNDM's first step
+        self._last: int | None = None  # that a timestep has told
 
     def new_run(self, scheduler: Any) -> bool:
         """Whether `set_timesteps` was called since this clock was read; then it starts anew."""
@@ -28,8 +33,8 @@ class Clock:
         if timesteps is self._known and timesteps is not None:
             return False
         self._known = timesteps
-        self.times = [float(time) for time in timesteps] if timesteps is not None else []
-        self._start = 0
+        self.times = [float(time) for time in timesteps] if _is_set(scheduler) else []
+        self._start, self._last = 0, None
         return True
 
     def step(self, scheduler: Any, timestep: Any) -> int:
@@ -39,16 +44,26 @@ class Clock:
             scheduler: of the pipeline.
             timestep: what the network is told, a number or a tensor, (1,) or one for each row, all alike.
         """
+        index = self._index(scheduler, timestep)
+        if index >= len(self.times):
+            raise ValueError(f"the scheduler has made all its steps, and the network is called again; {_FOREIGN}")
+        return index
+
+    def _index(self, scheduler: Any, timestep: Any) -> int:
         if hasattr(scheduler, "step_index"):
             if (index := scheduler.step_index) is not None:
                 return int(index)
             begin = getattr(scheduler, "begin_index", None)  # nothing was done yet in this run
-            return int(begin) if begin is not None else self.lookup(timestep)
+            return int(begin) if begin is not None and self.times else self.lookup(timestep)
         if hasattr(scheduler, "counter"):  # PNDM
-            if scheduler.counter == 0:
-                self._start = self.lookup(timestep)
+            if scheduler.counter <= 1:  # its second timestep occurs twice: the call after tells which one was first
+                self._start = max(self._start, self.lookup(timestep) - scheduler.counter)
             return self._start + scheduler.counter
-        return self.lookup(timestep)
+        index = self.lookup(timestep)
+        if self._last is not None and index > self._last + 1:
+            raise ValueError(f"the network was called at step {self._last} and then at {index}; {_FOREIGN}")
+        self._last = index
+        return index
 
     def lookup(self, timestep: Any) -> int:
         """Index of the first entry that is `timestep`.
@@ -62,17 +77,27 @@ class Clock:
         distance, index = min((abs(told - s * time), i) for s in _SCALES for i, time in enumerate(self.times))
         if distance > _CLOSE * max(1e-3, abs(told)):
             raise ValueError(
-                f"the network was called at timestep {told:g}, which is none of the scheduler's; a policy works on the "
-                "pipeline it was attached to: attach it to the pipeline that you call"
+                f"the network was called at timestep {told:g}, which is none of the scheduler's; {_FOREIGN}"
             )
         return index
 
-    def fits(self, step: int, timestep: Any, scale: float = 1.0) -> bool:
-        """Whether a network call at `timestep` can be one of this step; `scale` as in Sana's `timestep_scale`."""
-        told, limit = first(timestep), _CLOSE * max(map(abs, self.times), default=0.0)
-        return any(abs(told - s * self.times[step]) <= limit * s for s in (*_SCALES, scale))
+    def check(self, step: int, timestep: Any, scale: float = 1.0) -> None:
+        """Raise unless a network call at `timestep` can be one of this step; `scale` as in Sana's `timestep_scale`."""
+        told, limit = first(timestep), _CLOSE * max(map(abs, self.times))
+        if not any(abs(told - s * self.times[step]) <= limit * s for s in (*_SCALES, scale)):
+            raise ValueError(
+                f"the network was called at timestep {told:g}, and its scheduler is at {self.times[step]:g}; {_FOREIGN}"
+            )
 
 
 def first(timestep: Any) -> float:
     """The timestep of the first row."""
     return float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
+
+
+def _is_set(scheduler: Any) -> bool:
+    """Whether `set_timesteps` was ever called: new schedulers list the training's timesteps."""
+    timesteps = getattr(scheduler, "timesteps", None)
+    if timesteps is None or getattr(scheduler, "num_inference_steps", None) is not None:
+        return timesteps is not None
+    return len(timesteps) != scheduler.config.get("num_train_timesteps")

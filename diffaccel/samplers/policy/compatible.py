@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from diffaccel.cost import denoisers
+from diffaccel.samplers.config import NETWORK_KEYS
 from diffaccel.samplers.scheduler import SolverScheduler
 
 # Config keys that say what a network takes and gives; what lies between may differ.
@@ -19,6 +21,7 @@ _TAKEN = (
     *("caption_channels", "use_additional_conditions", "joint_attention_dim", "pooled_projection_dim"),
     *("guidance_embeds", "num_train_timesteps"),
 )
+_TRAINED = (*NETWORK_KEYS, "use_flow_sigmas", "sigma_schedule")  # keys of schedulers
 _SAME_TEXT = 0.02  # relative difference of text embeddings; float16 makes 1e-3
 
 
@@ -30,9 +33,10 @@ def check_network(pipe: Any, small: nn.Module) -> None:
         ValueError: for one whose latents, text or labels have other shapes, or for the pipeline's own.
     """
     large: Any = next(iter(denoisers(pipe).values()))
+    large = getattr(large, "_orig_mod", large)  # `attach` refuses a compiled one
     if not isinstance(small, nn.Module):
         raise TypeError(f"the small network is a network or a pipeline that has one, not a {type(small).__name__}")
-    small_: Any = getattr(small, "_orig_mod", small)  # compiled ones are welcome
+    small_: Any = getattr(small, "_orig_mod", small)  # here they are welcome
     if small_ is large:
         raise ValueError("the small network is the pipeline's own; give another one")
     if (ours := _stock(type(large))) is not (theirs := _stock(type(small_))):
@@ -40,13 +44,16 @@ def check_network(pipe: Any, small: nn.Module) -> None:
             f"a {theirs.__name__} cannot stand in for a {ours.__name__}; give a smaller network of that class"
         )
     for key in _TAKEN:
+        if key == "cross_attention_dim" and large.config.get("caption_channels"):
+            continue  # PixArt and Sana bring the text to the width of the network first
         if (one := large.config.get(key)) != (other := small_.config.get(key)):
             raise ValueError(
-                f"the networks do not fit: {key} is {one} in the pipeline's and {other} in the small one; they must share "
-                "latents and conditioning"
+                f"the networks do not fit: {key} is {one} in the pipeline's and {other} in the small one; they must "
+                "share latents and conditioning"
             )
-    if hasattr(large, "pos_embed") and (sides := _sides(large)) != (other := _sides(small_)):
-        raise ValueError(f"the networks do not fit: they are for latents of {sides} and of {other}")
+    sides = [one.config.get("sample_size") for one in (large, small_)]
+    if hasattr(large, "pos_embed") and sides[0] != sides[1]:
+        raise ValueError(f"the networks do not fit: they are for latents with a side of {sides[0]} and of {sides[1]}")
 
 
 def check_pipeline(pipe: Any, other: Any) -> nn.Module:
@@ -67,13 +74,18 @@ def _stock(kind: type) -> type:
     return getattr(kind, "stock", kind)  # of a pruned class
 
 
-def _sides(network: Any) -> Any:
-    """What a transformer's table of positions was made for."""
-    return network.config.get("pos_embed_max_size") or network.config.get("sample_size")
+def _trained(config: Mapping[str, Any]) -> Any:
+    """What a network was trained for, as a scheduler of ours, whatever samples it (LCM, TCD); None if unknown."""
+    try:
+        return SolverScheduler.from_config({key: config[key] for key in _TRAINED if key in config})
+    except ValueError:
+        return None
 
 
 def _check_schedule(ours: Any, theirs: Any) -> None:
-    known = [SolverScheduler.from_config(scheduler.config) for scheduler in (ours, theirs)]
+    known = [_trained(scheduler.config) for scheduler in (ours, theirs)]
+    if None in known:
+        return
     one, other = (scheduler.prediction_type for scheduler in known)
     if one != other:
         raise ValueError(f"the networks do not fit: one predicts {one}, the small one {other}")
@@ -110,6 +122,6 @@ def _check_text(pipe: Any, other: Any) -> None:
         change = (sum(d for d, _ in squares) / sum(t for _, t in squares)) ** 0.5
         if change > _SAME_TEXT:
             raise ValueError(
-                f"the weights of the text encoders ({name}) differ by {float(change):.1%}: the small network was trained on "
-                f"other embeddings; {hint}"
+                f"the weights of the text encoders ({name}) differ by {float(change):.1%}: the small network was trained "
+                f"on other embeddings; {hint}"
             )

@@ -17,10 +17,9 @@ from torch import nn
 from diffaccel.samplers.policy.clock import Clock
 from diffaccel.samplers.policy.plan import FULL, Grid, Plan, Policy
 from diffaccel.samplers.policy.rows import split
-from diffaccel.samplers.policy.spent import Spent
+from diffaccel.samplers.policy.spent import Spent, latents
 
 NAME = "diffaccel_policy"
-_CALLS_PER_STEP = 8  # guidance in separate calls makes two or three
 _COPY = "_diffaccel_copied_network"
 
 # A network with weights of its own, or what makes one out of the pipeline's, sharing its weights.
@@ -40,9 +39,9 @@ class PolicyHook(ModelHook):
         self.networks: dict[str, Any] = {}  # of this run; views of the pipeline's network are made for each
         self.compiled: dict[str, Callable[..., Any]] = {}
         self._host: Any = None
-        self._home: Any = None  # device of the pipeline's network when it does not wait
-        self._left: Any = None  # and where it was left
-        self._step, self._calls, self._last = -1, 0, ""
+        self._work: Any = None  # device of this run's latents
+        self._waits = False  # the pipeline's network, on the CPU
+        self._step, self._last = -1, ""
 
     # Diffusers' side
 
@@ -59,7 +58,7 @@ class PolicyHook(ModelHook):
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """Call the network that the plan names."""
         if (copied := kwargs.pop(_COPY, None)) is not None:
-            return _rebound(copied)(*args, **kwargs)
+            return rebound(copied)(*args, **kwargs)
         if module._compiled_call_impl is not None:
             raise RuntimeError("this network was compiled around its policy; write handle.compile() instead")
         given = _by_name(module, args, kwargs)
@@ -70,7 +69,7 @@ class PolicyHook(ModelHook):
         return split(names, self._call, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PolicyHook:
-        """For the copy of a whole pipeline; the copy of a network alone is a plain network (see `_rebound`)."""
+        """For the copy of a whole pipeline; the copy of a network alone is a plain network (see `rebound`)."""
         pipe = memo.get(id(self.pipe))
         variants = copy.deepcopy(self.variants, memo) if pipe is not None else {}
         new = PolicyHook(pipe, self.policy, variants, self.offload)
@@ -83,27 +82,18 @@ class PolicyHook(ModelHook):
         scheduler, timestep = self.pipe.scheduler, given["timestep"]
         fresh = self.clock.new_run(scheduler)
         step = self.clock.step(scheduler, timestep)
-        if fresh or step < self._step:
+        if fresh or step <= self._step or self.plan is None:
+            # Not at every step: the timestep is on the device, and reading it makes the processor wait.
+            self.clock.check(step, timestep, getattr(module.config, "timestep_scale", 1.0))
+        if fresh or step < self._step or self.plan is None:
             self._begin(module, step, given)
-        elif step != self._step:
-            self._calls = 0
-        self._step, self._calls = step, self._calls + 1
-        if self._calls > _CALLS_PER_STEP:
-            raise RuntimeError(
-                f"the network was called {self._calls} times at step {step}, and the scheduler of the pipeline that the "
-                "policy was attached to does not move; attach it to the pipeline that you call"
-            )
+        self._step = step
         return step
 
     def _begin(self, module: Any, step: int, given: Mapping[str, Any]) -> None:
-        owners = [value for value in self.pipe.components.values() if value is module]
-        if not owners:
+        self.plan = None
+        if not any(value is module for value in self.pipe.components.values()):
             raise RuntimeError("the pipeline has another network by now; remove the policy, and attach it again")
-        if not self.clock.fits(step, given["timestep"], getattr(module.config, "timestep_scale", 1.0)):
-            raise RuntimeError(
-                "the network is called at another timestep than its scheduler's; a policy works on the pipeline it was "
-                "attached to: attach it to the pipeline that you call"
-            )
         self.grid = Grid(tuple(self.clock.times), step)
         plan = self.policy.plan(self.grid, given)
         if len(plan.table) != len(self.grid):
@@ -111,14 +101,16 @@ class PolicyHook(ModelHook):
         if unknown := set(plan.names()) - {FULL, *self.variants}:
             known = ", ".join([FULL, *self.variants])
             raise ValueError(f"the plan names {sorted(unknown)[0]!r}; the networks are {known}")
-        self.plan, self._calls, self._last = plan, 0, ""
+        self.plan, self._last = plan, ""
         if not self.compiled:
             self.networks = {name: self.made(module, name) for name in plan.names() if name != FULL}
+        self._work = latents(given).device
         for name in plan.names():
             self._place(module, name, waiting=self._offloads(module))
         self.spent = Spent.of_run(plan, step, given, self.pipe)
 
     def made(self, module: nn.Module, name: str) -> nn.Module:
+        """The variant of that name; a function makes it out of `module`."""
         variant = self.variants[name]
         return variant if isinstance(variant, nn.Module) else variant(module)
 
@@ -130,11 +122,8 @@ class PolicyHook(ModelHook):
             self._place(module, name, waiting=False)
         self._last = name
         self.spent.count(self._step, name, args, kwargs)
-        if name in self.compiled:
-            return self.compiled[name](*args, **kwargs)
-        if name == FULL:
-            return self.fn_ref.original_forward(*args, **kwargs)
-        return self.networks[name](*args, **kwargs)
+        own = self.fn_ref.original_forward if name == FULL else self.networks[name]
+        return self.compiled.get(name, own)(*args, **kwargs)
 
     # Where weights are
 
@@ -142,20 +131,22 @@ class PolicyHook(ModelHook):
         hook = getattr(module, "_hf_hook", None)
         return self.offload or isinstance(hook, CpuOffload) or getattr(hook, "offload", False)
 
+    @torch.inference_mode(False)  # weights that are moved within would never again be trained
     def _place(self, module: Any, name: str, waiting: bool) -> None:
-        """Bring a network with weights of its own to where, and into the type that, the pipeline's is; or let it wait."""
-        hook = getattr(module, "_hf_hook", None)
-        if module.device != self._left:
-            self._home = module.device
+        """Bring a network with weights of its own to the latents, and into the pipeline's type; or let it wait."""
         if name == FULL:
-            if self.offload and hook is None:
-                module.to("cpu" if waiting else self._home)
-                self._left = module.device
-        elif not shares_weights(self.networks[name], module):
-            network = self.networks[name]
-            network.to(device="cpu" if waiting else getattr(hook, "execution_device", None) or self._home)
-            if network.dtype != module.dtype:
+            if self.offload and not hasattr(module, "_hf_hook"):
+                module.to("cpu" if waiting else self._work)
+                self._waits = waiting
+        elif not shares_weights(network := self.networks[name], module):
+            network.to(device="cpu" if waiting else self._work)
+            if not waiting and getattr(network, "dtype", module.dtype) != module.dtype:
                 network.to(dtype=module.dtype)
+
+    def come_home(self, module: Any) -> None:
+        """Bring the pipeline's network back from where it waits."""
+        if self._waits:
+            self._place(module, FULL, waiting=False)
 
 
 def shares_weights(network: nn.Module, module: nn.Module) -> bool:
@@ -169,13 +160,12 @@ def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _rebound(module: Any) -> Callable[..., Any]:
+def rebound(module: Any) -> Callable[..., Any]:
     """`forward` of a deep copy, bound to the copy: with its own policy, or none if only the network was copied."""
-    registry = module._diffusers_hook
-    hook = registry.get_hook(NAME)
-    registry.remove_hook(NAME, recurse=False)
+    hook = module._diffusers_hook.get_hook(NAME)
+    unregister(module)
     if hook.pipe is not None:
-        registry.register_hook(hook, NAME)
+        register(module, hook)
     return module.forward
 
 

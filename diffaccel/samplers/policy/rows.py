@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_POSITIONS = ("img_ids", "txt_ids")  # (tokens, 3) for all samples: there may be as many tokens as rows
+
 
 def split(
     names: Sequence[str],
@@ -43,11 +45,11 @@ def split(
 
 
 def take(value: Any, own: list[int], rows: int) -> Any:
-    """The rows `own` of every tensor with `rows` of them, through tuples, lists and dicts."""
+    """The rows `own` of every tensor with `rows` of them, through tuples, lists and dicts; not of Flux' positions."""
     if isinstance(value, Tensor):
         return value[own] if value.ndim and len(value) == rows else value
     if isinstance(value, dict):
-        return {key: take(item, own, rows) for key, item in value.items()}
+        return {key: item if key in _POSITIONS else take(item, own, rows) for key, item in value.items()}
     return type(value)(take(item, own, rows) for item in value) if isinstance(value, tuple | list) else value
 
 

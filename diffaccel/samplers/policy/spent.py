@@ -37,7 +37,8 @@ class Report:
     def __str__(self) -> str:
         calls = ", ".join(f"{count} x {name}" for name, count in self.calls.items())
         share = f"{self.macs / self.full:.1%}" if self.full else "nothing"
-        return f"{calls}: {self.macs / 1e9:.3g} GMACs a picture ({self.planned / 1e9:.3g} planned), {share} of the whole network's"
+        cost = f"{self.macs / 1e9:.3g} GMACs a picture ({self.planned / 1e9:.3g} planned)"
+        return f"{calls}: {cost}, {share} of the whole network's"
 
 
 @dataclass
@@ -94,18 +95,19 @@ class Spent:
         return Report(self.pictures, calls, spent / self.pictures, planned / self.pictures, full / self.pictures)
 
 
-def _sample(given: Mapping[str, Any]) -> Tensor:
+def latents(given: Mapping[str, Any]) -> Tensor:
+    """What a network is given to denoise, among its arguments by name."""
     return given["sample"] if "sample" in given else given["hidden_states"]
 
 
 def _rows(call: _Call) -> int:
     args, kwargs = call
-    return len(args[0] if args else _sample(kwargs))
+    return len(args[0] if args else latents(kwargs))
 
 
 def _pictures(given: Mapping[str, Any], pipe: Any) -> int:
     """Pictures of a batch. Guidance in one call has every picture's latents twice, one half like the other."""
-    sample = _sample(given)
+    sample = latents(given)
     rows = len(sample)
     guided = getattr(pipe, "do_classifier_free_guidance", True) and rows % 2 == 0
     return rows // 2 if guided and torch.equal(sample[: rows // 2], sample[rows // 2 :]) else rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -79,16 +80,18 @@ def stitch(
     """
     if fraction is not None and timestep is not None:
         raise ValueError("give fraction (share of the steps) or timestep (noise level), not both")
-    fractions = _numbers(0.4 if fraction is None and timestep is None else fraction)
-    timesteps = _numbers(timestep)
-    _check_numbers(len(small) if isinstance(small, list | tuple) else 1, fractions, timesteps)
+    fractions = _numbers("fraction", 0.4 if fraction is None and timestep is None else fraction)
+    timesteps = _numbers("timestep", timestep)
     networks = small_networks(pipe, small)
+    _check_numbers(len(networks), fractions, timesteps)
     return attach(pipe, Stitch(tuple(networks), fractions, timesteps), networks, offload=offload)
 
 
 def small_networks(pipe: Any, small: Any) -> dict[str, nn.Module]:
     """The networks in `small`, by name, after a look if they fit; see `stitch`."""
     several = small if isinstance(small, list | tuple) else [small]
+    if not several:
+        raise ValueError("there is no small network; give one, or a list of some")
     networks = {}
     for i, one in enumerate(several):
         name = "small" if len(several) == 1 else f"small {i + 1}"
@@ -97,10 +100,11 @@ def small_networks(pipe: Any, small: Any) -> dict[str, nn.Module]:
     return networks
 
 
-def _numbers(value: float | Sequence[float] | None) -> tuple[float, ...]:
-    if value is None:
-        return ()
-    return tuple(map(float, value)) if isinstance(value, Sequence) else (float(value),)
+def _numbers(name: str, value: float | Sequence[float] | None) -> tuple[float, ...]:
+    several = [] if value is None else value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(number, Real) for number in several):
+        raise TypeError(f"{name} is a number, or a list with one for each small network, not {value!r}")
+    return tuple(map(float, several))  # type: ignore[arg-type]
 
 
 def _sums(shares: tuple[float, ...]) -> list[float]:
@@ -110,8 +114,8 @@ def _sums(shares: tuple[float, ...]) -> list[float]:
 def _check_numbers(count: int, fractions: tuple[float, ...], timesteps: tuple[float, ...]) -> None:
     given = fractions or timesteps
     if len(given) != count:
-        raise ValueError(f"{count} small networks need {count} shares or timesteps, not {len(given)}")
+        raise ValueError(f"give one fraction or timestep for each small network: {count}, not {len(given)}")
     if fractions and not (min(fractions) >= 0 and sum(fractions) <= 1 + 1e-9):
         raise ValueError(f"the fraction of steps lies between 0 and 1, all of them together too, not {list(fractions)}")
-    if timesteps and not (min(timesteps) >= 0 and sorted(timesteps, reverse=True) == list(timesteps)):
+    if timesteps and not (all(time >= 0 for time in timesteps) and sorted(timesteps, reverse=True) == list(timesteps)):
         raise ValueError(f"timesteps fall from network to network and are not negative, unlike {list(timesteps)}")

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from diffaccel.cost import denoisers, macs
 from diffaccel.meta import meta_copy, to_meta
 from diffaccel.pruning.calibration import Calibration, Call, Prompt, record, run, still
+from diffaccel.samplers.policy.attach import attached
 from diffaccel.samplers.policy.clock import first
-from diffaccel.samplers.policy.exits.depth import exits_of, layers, shallow
+from diffaccel.samplers.policy.exits.depth import exits_of, layers, shallow, told_scale
 from diffaccel.samplers.policy.exits.linear import LeastSquares, LinearExit
 from diffaccel.samplers.policy.exits.schedule import DepthSchedule, best
 from diffaccel.samplers.policy.exits.tap import listening
@@ -34,16 +35,18 @@ class FittedExits:
     Attributes:
         maps: by (depth, part of time).
         errors: of each part of time by depth: squared error of the prediction against the whole network's, weighted by
-            how much an error there moves the end of the trajectory (`influence`), summed over the steps of one
-            trajectory; on prompts that no map was fitted on. 0 for the whole network.
+            how much an error there moves the end of the trajectory (`influence`); what the steps in this part add to
+            the mean over the trajectory. On prompts that no map was fitted on. 0 for the whole network.
         costs: likewise, share of a trajectory's multiply-accumulates.
         layers: depth of the whole network.
+        train_timesteps: end of the time that the parts divide.
     """
 
     maps: dict[Key, LinearExit]
     errors: tuple[dict[int, float], ...]
     costs: tuple[dict[int, float], ...]
     layers: int
+    train_timesteps: float = 1000.0
 
     def schedule(self, target: float) -> DepthSchedule:
         """The depths with the least sum of errors at `target` of the multiply-accumulates, in (0, 1].
@@ -51,9 +54,11 @@ class FittedExits:
         Errors are taken to add up: draw pictures with it before you trust it.
 
         Raises:
-            ValueError: if the exits do not save so much.
+            ValueError: if the exits do not save so much, or for a target that is no share.
         """
-        return DepthSchedule(best(self.errors, self.costs, target)[0], self.layers)
+        if not 0 < target <= 1:
+            raise ValueError(f"the target is a share of the multiply-accumulates, above 0 and up to 1, not {target}")
+        return DepthSchedule(best(self.errors, self.costs, target)[0], self.layers, self.train_timesteps)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
@@ -62,7 +67,7 @@ class FittedExits:
             for (depth, part), exit_map in self.maps.items()
             for name, value in exit_map.state_dict().items()
         }
-        facts = {"layers": self.layers, "errors": self.errors, "costs": self.costs}
+        facts = {name: getattr(self, name) for name in ("layers", "errors", "costs", "train_timesteps")}
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.partial")
@@ -82,10 +87,12 @@ class FittedExits:
                 raise ValueError(f"{path} holds no exits; give a file that FittedExits.save wrote")
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         facts = json.loads(told)
-        keys = sorted({tuple(map(int, name.split(".")[:2])) for name in weights})
+        keys = sorted({(int(d), int(p)) for d, p, _ in (name.split(".") for name in weights)})
         maps = {(d, p): LinearExit(weights[f"{d}.{p}.weight"], weights[f"{d}.{p}.bias"]) for d, p in keys}
-        tables = ([{int(d): v for d, v in part.items()} for part in facts[name]] for name in ("errors", "costs"))
-        return cls(maps, *(tuple(table) for table in tables), facts["layers"])
+        errors, costs = (
+            tuple({int(d): v for d, v in part.items()} for part in facts[name]) for name in ("errors", "costs")
+        )
+        return cls(maps, errors, costs, facts["layers"], facts["train_timesteps"])
 
 
 def fit_exits(
@@ -122,6 +129,10 @@ def fit_exits(
     model: Any = next(iter(denoisers(pipe).values()))
     whole = layers(model)
     chosen = _depths(whole, depths)
+    if attached(pipe) is not None:
+        raise ValueError("the pipeline has a policy; take it off before exits are fitted: handle.remove()")
+    for depth in chosen:
+        shallow(model, depth, nn.Identity())  # what cannot be left at this depth says so now
     if len(prompts) < 2 or isinstance(prompts, str) or parts < 1:
         raise ValueError("exits are fitted on some prompts and measured on others; give a list of two or more")
 
@@ -129,11 +140,11 @@ def fit_exits(
         arguments_ = {"steps": steps, "guidance_scale": guidance_scale, **arguments}
         return record(pipe, few, calls=len(few) * steps * _CALLS_PER_STEP, seed=seed + start, **arguments_)
 
-    schedule = DepthSchedule((whole,) * parts, whole)
-    scale = 1000.0 if isinstance(model, diffusers.FluxTransformer2DModel) else 1.0
+    end = pipe.scheduler.config.get("num_train_timesteps", 1000)
+    schedule, scale = DepthSchedule((whole,) * parts, whole, end), told_scale(model)
     fitted = _fit(model, chosen, _by_part(calls(prompts[::2], 0), schedule, scale))
     measured = list(_by_part(calls(prompts[1::2], len(prompts)), schedule, scale))
-    return FittedExits(fitted, *_measure(model, fitted, measured, parts, whole), whole)
+    return FittedExits(fitted, *_measure(model, fitted, measured, parts, whole), whole, end)
 
 
 def _depths(whole: int, depths: Sequence[int] | None) -> list[int]:
@@ -147,7 +158,7 @@ def _depths(whole: int, depths: Sequence[int] | None) -> list[int]:
 def _by_part(calibration: Calibration, schedule: DepthSchedule, scale: float) -> Iterator[tuple[int, Call]]:
     for call in calibration.calls:
         timestep = call.kwargs["timestep"] if "timestep" in call.kwargs else call.args[1]
-        yield schedule.part(scale * first(timestep)), call
+        yield schedule.part(first(timestep) / scale), call
 
 
 @torch.no_grad()

@@ -38,24 +38,21 @@ class LinearExit(nn.Module):
 class LeastSquares:
     """Sums for the affine map with the least squared error, over as many batches as there are.
 
-    Kept are X^T X, X^T Y and the sum of Y^2 in float64, weighted: memory does not grow with the number of samples.
+    Kept are X^T X and X^T Y in float64 on the CPU, weighted: memory does not grow with the number of samples.
     """
 
     def __init__(self) -> None:
         self.xx: Any = 0.0
         self.xy: Any = 0.0
-        self.yy = 0.0
 
     def add(self, x: Tensor, y: Tensor, weight: float = 1.0) -> None:
         """Features (..., C) or (N, C, H, W) and what they should become, alike in all but the channels."""
         rows = [_rows(value) for value in (x, y)]
-        one = torch.ones(len(rows[0]), 1, dtype=torch.float64)
-        extended = torch.cat([rows[0], one], 1)
-        self.xx = self.xx + weight * (extended.T @ extended)
-        self.xy = self.xy + weight * (extended.T @ rows[1])
-        self.yy += weight * float(rows[1].square().sum())
+        extended = functional.pad(rows[0], (0, 1), value=1.0)
+        self.xx = self.xx + weight * (extended.T @ extended).cpu()
+        self.xy = self.xy + weight * (extended.T @ rows[1]).cpu()
 
-    def solve(self, residual: bool, ridge: float = 1e-3) -> LinearExit:
+    def solve(self, residual: bool, ridge: float = 1e-2) -> LinearExit:
         """The map, with a penalty of `ridge` times the mean square of the features on its weights.
 
         Args:
@@ -75,5 +72,5 @@ class LeastSquares:
 
 
 def _rows(value: Tensor) -> Tensor:
-    value = value.detach().to("cpu", torch.float64)
+    value = value.detach().to("cpu" if value.device.type == "mps" else None, torch.float64)  # MPS has no float64
     return (value.movedim(1, -1) if value.ndim == 4 else value).reshape(-1, value.shape[1 if value.ndim == 4 else -1])

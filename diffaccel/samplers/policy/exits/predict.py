@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffaccel.samplers.policy.exits.depth import shallow
+from diffaccel.samplers.policy.exits.depth import shallow, told_scale
 from diffaccel.samplers.policy.exits.schedule import DepthSchedule
 from diffaccel.samplers.policy.rows import split
 
@@ -24,11 +24,12 @@ def predict(
         network: DiT, PixArt, SD3, Flux, or a U-Net.
         schedule: depths over the training time.
         sample: (N, ...) noised latents.
-        timestep: (N,) in the units of the schedule.
+        timestep: (N,) as the network takes it: in the units of the schedule, for Flux a thousandth of it.
         conditioning: further arguments; tensors of N rows are cut with them.
     """
     views: dict[str, Any] = {}
-    names = [str(schedule.depth(float(time))) for time in timestep]
+    scale = told_scale(network)
+    names = [str(schedule.depth(time / scale)) for time in timestep.tolist()]
     for name in dict.fromkeys(names):
         views[name] = shallow(network, int(name))
 

@@ -20,40 +20,51 @@ class DepthSchedule:
         depths: one for each part of time.
         layers: depth of the whole network.
         train_timesteps: end of the time.
+        mapped: whether each part of time has maps of its own, so that equal depths in two of them are two networks.
     """
 
     depths: tuple[int, ...]
     layers: int
     train_timesteps: float = 1000.0
+    mapped: bool = False
 
     def __post_init__(self) -> None:
-        if not self.depths or not all(1 <= depth <= self.layers for depth in self.depths):
-            raise ValueError(f"depths lie between 1 and {self.layers}, the whole network; not {list(self.depths)}")
+        if not self.depths or not all(isinstance(d, int) and 1 <= d <= self.layers for d in self.depths):
+            raise ValueError(
+                f"depths are whole numbers from 1 to {self.layers}, the whole network; not {list(self.depths)}"
+            )
 
     def part(self, timestep: float) -> int:
-        """Index of the part of time that a timestep lies in."""
-        share = timestep / self.train_timesteps
-        return min(len(self.depths) - 1, max(0, int(share * len(self.depths))))
+        """Index of the part of time that a timestep lies in.
+
+        Raises:
+            ValueError: for times below 0: EDM schedulers count log sigma / 4.
+        """
+        if timestep < -1e-3 * self.train_timesteps:
+            raise ValueError(
+                f"a timestep of {timestep:.4g} is outside of the training time, 0 to {self.train_timesteps:g}; depths "
+                "need a scheduler that counts in training timesteps, such as Euler or DPM-Solver++"
+            )
+        return min(len(self.depths) - 1, max(0, int(timestep * len(self.depths) / self.train_timesteps)))
 
     def depth(self, timestep: float) -> int:
         """Depth of the network at a timestep."""
         return self.depths[self.part(timestep)]
 
     def plan(self, grid: Grid, conditioning: Mapping[str, Any]) -> Plan:
-        """One exit a step, named by `exit_name`."""
-        parts = [self.part(time) for time in grid.timesteps]
-        return Plan.same(
-            [exit_name(self.depths[part], part) if self.depths[part] < self.layers else FULL for part in parts]
-        )
+        """One network a step, by its `name`."""
+        return Plan.same([self.name(self.part(time)) for time in grid.timesteps])
+
+    def name(self, part: int) -> str:
+        """What the network of a part of time is called in plans and reports."""
+        depth = self.depths[part]
+        if depth == self.layers:
+            return FULL
+        return f"depth {depth}, part {part}" if self.mapped else f"depth {depth}"
 
     def exits(self) -> list[tuple[int, int]]:
         """(depth, part) of every exit that is not the whole network."""
         return [(depth, part) for part, depth in enumerate(self.depths) if depth < self.layers]
-
-
-def exit_name(depth: int, part: int) -> str:
-    """Name of an exit in plans and reports; each part of time has maps of its own."""
-    return f"depth {depth}, part {part}"
 
 
 def best(
@@ -61,8 +72,8 @@ def best(
 ) -> tuple[tuple[int, ...], float]:
     """The depth of each part of time with the least sum of errors at a sum of costs of at most `limit`.
 
-    A multiple-choice knapsack, solved exactly: of all choices for the first parts only those stay that no other beats in
-    both sums.
+    A multiple-choice knapsack, solved exactly: of all choices for the first parts only those stay that no other beats
+    in both sums.
 
     Args:
         errors: of each part of time, by depth.

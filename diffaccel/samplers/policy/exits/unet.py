@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.attention_processor import Attention
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
@@ -60,7 +60,7 @@ def _shortcuts(model: nn.Module, stages: list[str]) -> dict[str, nn.Module]:
             replaced[f"{stage}.resnets.{i}"] = _Shortcut(resnet)
         for i, attention in enumerate(getattr(block, "attentions", ())):
             if attention is not None:
-                skip = SkipTransformer() if isinstance(attention, Transformer2DModel) else _Pass()
+                skip = _Pass(attention) if isinstance(attention, Attention) else SkipTransformer()
                 replaced[f"{stage}.attentions.{i}"] = skip
     return replaced
 
@@ -68,8 +68,12 @@ def _shortcuts(model: nn.Module, stages: list[str]) -> dict[str, nn.Module]:
 class _Pass(nn.Module):
     """An attention that adds nothing."""
 
+    def __init__(self, attention: Attention):
+        super().__init__()
+        self.rescale_output_factor = attention.rescale_output_factor
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
+        return hidden_states / self.rescale_output_factor
 
 
 class _Shortcut(nn.Module):
@@ -77,20 +81,20 @@ class _Shortcut(nn.Module):
 
     def __init__(self, resnet: Any):
         super().__init__()
-        self.resample = resnet.upsample or resnet.downsample
         self.conv_shortcut, self.output_scale_factor = resnet.conv_shortcut, resnet.output_scale_factor
 
     def forward(self, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        x = input_tensor if self.resample is None else self.resample(input_tensor)
-        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) / self.output_scale_factor
+        x = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+        return x / self.output_scale_factor
 
 
 class _Absent(nn.Module):
     """A stage that is not there. A scalar 0 stands for its features: residuals of a ControlNet can be added to it."""
 
+    has_cross_attention = True  # then a T2I adapter's residual is an argument, else it would be added to the scalar
+
     def __init__(self, block: Any):
         super().__init__()
-        self.has_cross_attention = getattr(block, "has_cross_attention", False)
         # How many skips the stage leaves (down), or takes (up: the U-Net reads the length of `resnets`)
         self.resnets = range(len(getattr(block, "resnets", ())))  # type: ignore[assignment]
         self.skips = len(self.resnets) + (getattr(block, "downsamplers", None) is not None)
