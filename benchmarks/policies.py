@@ -8,7 +8,8 @@ classes are single emoji). "n steps" is the control: the whole network with as m
 
 Two scores of each picture, both by the packaged `emoji-clip`: cosine to its caption, and cosine to the true Twemoji.
 The test is paired: the mean difference to the whole network's picture from the same noise, with a 95 % interval over
-the captions. `emoji-clip` and the models were trained on the same pictures. A stopped run goes on where it was.
+the captions. `emoji-clip` and the models were trained on the same pictures. A stopped run goes on where it was; after a
+change of weights or exits take another --out, for a row's pictures are found again by its name.
 Times: a picture alone, all rows in turn, picture after picture; every time is divided by that of the whole network.
 """
 
@@ -38,7 +39,7 @@ from diffaccel.samplers.policy.frontier import Point, frontier
 
 RESULTS, WEIGHTS = Path(__file__).parent / "results", Path(__file__).parent / "weights"
 STEPS = 10
-FRACTIONS = (0.2, 0.4, 0.6, 0.8, 1.0)
+FRACTIONS = (0.2, 0.3, 0.4, 0.6, 0.8)
 TARGETS = (0.9, 0.75, 0.6)
 FEWER = (7, 5)
 GUIDANCE = {"unet": 4.0, "dit": 2.0}
@@ -140,7 +141,6 @@ def make_rows(args: argparse.Namespace, load: Callable[[], Any], out: Path, text
         depths = json.loads((args.trained / "depths.json").read_text())["depths"]
         print(f"trained exits: depths {depths}")
         trained = partial(load_trained, load, args.trained)
-        rows["trained, whole"] = (trained, lambda pipe: None, STEPS)
         rows["trained exits"] = (trained, partial(diffaccel.early_exit, depths=depths), STEPS)
     for steps in FEWER:
         rows[f"{steps} steps"] = (load, lambda pipe: None, steps)
@@ -177,7 +177,8 @@ def exits(load: Callable[[], Any], file: Path, model: str, texts: Sequence[str])
 
 def spread_captions(captions: list[ev.Prompt], count: int, load: Any) -> tuple[list[ev.Prompt], list[int]]:
     """Captions from the whole list, evenly, and their places in it."""
-    places = [i * len(captions) // count for i in range(min(count, len(captions)))]
+    count = min(count, len(captions))
+    places = [i * len(captions) // count for i in range(count)]
     return [captions[i] for i in places], places
 
 
@@ -186,7 +187,8 @@ def spread_classes(captions: list[ev.Prompt], count: int, load: Any) -> tuple[li
     by_name = {caption.text.split(",")[0]: i for i, caption in enumerate(captions)}
     names = load().labels  # name -> class
     known = sorted((number, by_name[name]) for name, number in names.items() if name in by_name)
-    chosen = [known[i * len(known) // count] for i in range(min(count, len(known)))]
+    count = min(count, len(known))
+    chosen = [known[i * len(known) // count] for i in range(count)]
     return [ev.Prompt(str(number), str(number)) for number, _ in chosen], [place for _, place in chosen]
 
 

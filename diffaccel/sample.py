@@ -18,9 +18,13 @@ from diffaccel.samplers.grid import Final
 
 def load_pipeline(model: str, device: str | None = None, dtype: str | None = None) -> DiffusionPipeline:
     """Pipeline of a zoo name, a local folder or a hub id, on `device` (default: what there is)."""
-    if model in ("emoji-clip", "emoji-oms"):
-        what = "a feature extractor" if model == "emoji-clip" else "the network of one more step"
-        raise ValueError(f"{model} is {what} and makes no pictures; use emoji-sd")
+    parts = {
+        "emoji-clip": "a feature extractor",
+        "emoji-oms": "the network of one more step",
+        "emoji-sd-small": "a small network for stitching",
+    }
+    if model in parts:
+        raise ValueError(f"{model} is {parts[model]} and makes no pictures; use emoji-sd")
     device = device or best_device()
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("there is no CUDA device here; use --device cpu")

@@ -340,6 +340,8 @@ def main(arguments: list[str] | None = None) -> None:
     network = getattr(pipe.to(device), part)
     noise_schedule = DDPMScheduler.from_config(pipe.scheduler.config)
     schedule = DepthSchedule(tuple(args.depths), layers(network), noise_schedule.config.num_train_timesteps)
+    if not schedule.exits():
+        raise SystemExit(f"--depths always computes all {schedule.layers} layers; give a lower depth somewhere")
 
     rows = read_metadata(args.train_data_dir, "text" if part == "unet" else "label")
     side = args.resolution or network.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1)

@@ -201,6 +201,11 @@ def test_plans_that_do_not_fit(table, sentence):
             with pytest.raises(ValueError, match=sentence):
                 draw((pipe, call), pipe.scheduler, 3)
         assert handle.plan is None
+        if len(table) == 4:  # nor after a run that they did fit
+            draw((pipe, call), pipe.scheduler, 4)
+            with pytest.raises(ValueError, match=sentence):
+                draw((pipe, call), pipe.scheduler, 3)
+            assert handle.plan is None
 
 
 def test_policy_sees_grid_and_conditioning():

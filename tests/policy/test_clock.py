@@ -11,7 +11,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 from torch import nn
 
 import diffaccel
@@ -184,55 +183,7 @@ def test_timesteps_rounded_to_bfloat16():
         assert calls(handle) == {"small": 20, "full": 30}
 
 
-# Another scheduler than the pipeline's
-
-
-@pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler, PNDMScheduler])
-@pytest.mark.parametrize("before", [None, 4, 8, 24], ids="before {}".format)
-@pytest.mark.parametrize("steps", [2, 4, 12])
-def test_pipeline_that_shares_the_network_but_not_the_scheduler(kind, before, steps):
-    """It is refused within the run; where timesteps are the same and nothing but they tell the step, it works."""
-    pipe, call = toy("sd")
-    config = {**pipe.scheduler.config, "skip_prk_steps": True}
-    pipe.scheduler = kind.from_config(config)
-    other = copy.copy(pipe)  # as `StableDiffusionPipeline(**pipe.components)`
-    other.scheduler = kind.from_config(config)
-    with diffaccel.stitch(pipe, smaller(pipe), 0.5) as handle:
-        if before:
-            draw((pipe, call), pipe.scheduler, before)
-        if kind is DDIMScheduler and before == steps:
-            draw((other, call), other.scheduler, steps)
-            assert calls(handle) == {"small": steps // 2, "full": steps // 2}
-            return
-        with pytest.raises(ValueError, match=r"to the pipeline that you call|call scheduler.set_timesteps"):
-            draw((other, call), other.scheduler, steps)
-
-
-@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])
-@pytest.mark.parametrize("until", [1, 3])
-def test_pipeline_that_shares_the_network_after_an_interrupted_run(kind, until):
-    pipe, call = toy("sd")
-    pipe.scheduler = kind.from_config(pipe.scheduler.config)
-    other = copy.copy(pipe)
-    other.scheduler = kind.from_config(pipe.scheduler.config)
-
-    def stop(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        pipe._interrupt = step == until
-        return kwargs
-
-    with diffaccel.stitch(pipe, smaller(pipe), 0.5):
-        draw((pipe, call), pipe.scheduler, 8, callback_on_step_end=stop)
-        with pytest.raises(ValueError, match="attach it to the pipeline that you call"):
-            draw((other, call), other.scheduler, 4)
-
-
-def test_pipeline_that_shares_the_network_and_the_scheduler():
-    pipe, _ = toy("sd")
-    other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe)
-    picture = toy("sd_img2img")[1]
-    with diffaccel.stitch(pipe, smaller(pipe), 0.6) as handle:
-        draw((other, picture), other.scheduler, 10)
-        assert calls(handle) == {"small": 2, "full": 4}
+# Without a pipeline, and from one run to the next
 
 
 def test_scheduler_swapped_between_runs():
@@ -254,6 +205,19 @@ def test_loop_of_ones_own_run_twice():
             for time in pipe.scheduler.timesteps:
                 pipe.unet(inputs[0], time, inputs[1])
             assert calls(handle) == {"small": 2, "full": 3}
+
+
+def test_many_calls_in_a_step():
+    """As pipelines do that go over a large picture in tiles."""
+    pipe, _ = toy("sd")
+    pipe.scheduler = vp("EulerDiscrete")
+    pipe.scheduler.set_timesteps(3)
+    x, text = torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8)
+    with diffaccel.stitch(pipe, smaller(pipe)) as handle, torch.no_grad():
+        for time in pipe.scheduler.timesteps:
+            tiles = [pipe.unet(pipe.scheduler.scale_model_input(x, time), time, text)[0] for _ in range(12)]
+            x = pipe.scheduler.step(tiles[-1], time, x)[0]
+        assert calls(handle) == {"small": 12, "full": 24}
 
 
 def test_timesteps_are_looked_up_whatever_their_kind():

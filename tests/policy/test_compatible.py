@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -135,7 +136,7 @@ def test_text_encoders():
 def test_pipelines_of_other_kinds():
     """Without a network, with two, and one that tells its network no timestep."""
     pipe, _ = toy("sd")
-    refused(pipe, diffusers.AudioPipelineOutput(audios=[]), TypeError, "not a AudioPipelineOutput")
+    refused(pipe, diffusers.AudioPipelineOutput(audios=np.zeros(1)), TypeError, "not a AudioPipelineOutput")
     empty = copy.copy(pipe)
     empty.unet = None
     with pytest.raises(TypeError, match="has no network"):

@@ -200,7 +200,7 @@ def test_written_and_read(tmp_path):
     [
         ({"prompts": [3]}, "give a list of two or more"),
         ({"prompts": "a cat"}, "give a list of two or more"),
-        ({"parts": 0}, "give a list of two or more|parts"),
+        ({"parts": 0}, "give a list of two or more|one part or more"),
         ({"depths": [4]}, "exits lie at depths 1 to 3"),
         ({"depths": []}, "exits lie at depths 1 to 3"),
         ({"depths": [0]}, "exits lie at depths 1 to 3"),

@@ -83,7 +83,8 @@ def test_files(measured, tmp_path):
     files = measured.save(tmp_path / "new")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(path.name for path in files)
     told = json.loads((tmp_path / "new" / "frontier.json").read_text())
-    assert told["points"][0]["psnr"] == [None, None] and told["points"][1]["share"] == measured.points[1].share
+    assert told["points"][0]["psnr"] == [None, None]
+    assert told["points"][1]["share"] == measured.points[1].share
     assert len((tmp_path / "new" / "frontier.md").read_text().splitlines()) == 2 + len(measured.points)
     for name in ("frontier.png", "pictures.png"):
         with Image.open(tmp_path / "new" / name) as picture:

@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 from accelerate import cpu_offload
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
 import diffaccel
@@ -230,7 +231,7 @@ def test_lora_of_the_large_network():
 def test_attention_processors():
     toy_, small, expected, _ = stitched("sd")
     with diffaccel.stitch(toy_[0], small, HALF):
-        toy_[0].unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor())
+        toy_[0].unet.set_attn_processor(AttnProcessor())
         assert relative(picture(toy_), expected) < 1e-5
         toy_[0].unet.set_attention_slice(1)
         assert relative(picture(toy_), expected) < 1e-5

@@ -117,6 +117,8 @@ def attach(pipe: Any, policy: Policy, variants: Mapping[str, Variant], *, offloa
                 "handle.remove()"
             )
         unregister(module)  # the network alone was copied, and what is left of its policy does nothing
+    if not callable(getattr(policy, "plan", None)):
+        raise TypeError(f"a policy is an object with plan(grid, conditioning) -> Plan, not a {type(policy).__name__}")
     if FULL in variants:
         raise ValueError(f"{FULL!r} is the pipeline's own network; give the variant another name")
     hook = PolicyHook(pipe, policy, variants, offload)

@@ -33,7 +33,7 @@ class Clock:
         if timesteps is self._known and timesteps is not None:
             return False
         self._known = timesteps
-        self.times = [float(time) for time in timesteps] if _is_set(scheduler) else []
+        self.times = [float(time) for time in timesteps] if timesteps is not None and _is_set(scheduler) else []
         self._start, self._last = 0, None
         return True
 
@@ -97,7 +97,6 @@ def first(timestep: Any) -> float:
 
 def _is_set(scheduler: Any) -> bool:
     """Whether `set_timesteps` was ever called: new schedulers list the training's timesteps."""
-    timesteps = getattr(scheduler, "timesteps", None)
-    if timesteps is None or getattr(scheduler, "num_inference_steps", None) is not None:
-        return timesteps is not None
-    return len(timesteps) != scheduler.config.get("num_train_timesteps")
+    if getattr(scheduler, "num_inference_steps", None) is not None:
+        return True
+    return len(scheduler.timesteps) != scheduler.config.get("num_train_timesteps")  # given `timesteps`

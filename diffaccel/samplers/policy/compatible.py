@@ -46,7 +46,9 @@ def check_network(pipe: Any, small: nn.Module) -> None:
     for key in _TAKEN:
         if key == "cross_attention_dim" and large.config.get("caption_channels"):
             continue  # PixArt and Sana bring the text to the width of the network first
-        if (one := large.config.get(key)) != (other := small_.config.get(key)):
+        # As attributes: Diffusers sets those of an IP-Adapter, which `config.get` does not see
+        one, other = (getattr(network.config, key, None) for network in (large, small_))
+        if one != other:
             raise ValueError(
                 f"the networks do not fit: {key} is {one} in the pipeline's and {other} in the small one; they must "
                 "share latents and conditioning"
@@ -66,6 +68,7 @@ def check_pipeline(pipe: Any, other: Any) -> nn.Module:
     if not hasattr(other, "components"):
         raise TypeError(f"the small network is a network or a pipeline that has one, not a {type(other).__name__}")
     _check_schedule(pipe.scheduler, other.scheduler)
+    _check_latents(getattr(pipe, "vae", None), getattr(other, "vae", None))
     _check_text(pipe, other)
     return next(iter(denoisers(other).values()))
 
@@ -103,6 +106,15 @@ def _check_schedule(ours: Any, theirs: Any) -> None:
         )
 
 
+def _check_latents(ours: Any, theirs: Any) -> None:
+    """The VAEs themselves may differ (a fine-tuned decoder); what they scale latents by may not."""
+    if ours is None or theirs is None:
+        return
+    for key in ("scaling_factor", "shift_factor"):
+        if (one := ours.config.get(key)) != (other := theirs.config.get(key)):
+            raise ValueError(f"the networks do not fit: {key} of their latents is {one} and {other}")
+
+
 @torch.no_grad()
 def _check_text(pipe: Any, other: Any) -> None:
     """The pipeline encodes the text once, for all networks."""
@@ -117,11 +129,13 @@ def _check_text(pipe: Any, other: Any) -> None:
         shapes = [{key: tuple(weight.shape) for key, weight in one.state_dict().items()} for one in (ours, theirs)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"the pipelines have different text encoders ({name}); {hint}")
+        if any(weight.is_meta for one in (ours, theirs) for weight in one.parameters()):
+            raise ValueError(f"the text encoders ({name}) are offloaded and cannot be compared; {hint}")
         pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
         squares = [((a.float() - b.float().to(a.device)).square().sum(), a.float().square().sum()) for a, b in pairs]
         change = (sum(d for d, _ in squares) / sum(t for _, t in squares)) ** 0.5
         if change > _SAME_TEXT:
             raise ValueError(
-                f"the weights of the text encoders ({name}) differ by {float(change):.1%}: the small network was trained "
-                f"on other embeddings; {hint}"
+                f"the weights of the text encoders ({name}) differ by {float(change):.1%}: the small network was "
+                f"trained on other embeddings; {hint}"
             )

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -19,7 +20,7 @@ from diffaccel.cost import drain
 from diffaccel.pictures import labelled_grid, save_picture, save_text
 from diffaccel.pruning.calibration import named
 from diffaccel.samplers.policy.attach import Handle, attach
-from diffaccel.samplers.policy.stitch import Stitch, small_networks
+from diffaccel.samplers.policy.stitch import Stitch, check_numbers, small_networks
 
 Score = Callable[[Sequence[Image.Image], Sequence[Any]], Sequence[float]]
 _SHOWN = 10  # pictures of each row that are kept for the grid
@@ -84,12 +85,14 @@ class Frontier:
         folder.mkdir(parents=True, exist_ok=True)
         written = [folder / name for name in ("frontier.md", "frontier.json", "pictures.png")]
         save_text(self.markdown(), written[0])
-        # JSON has no infinity; equal pictures are null
-        rows = [asdict(p) | {"psnr": [x if np.isfinite(x) else None for x in p.psnr]} for p in self.points]
+        # JSON has neither infinity (equal pictures) nor NaN (the share where nothing was counted)
+        rows = [asdict(p) | {"psnr": [_number(x) for x in p.psnr], "share": _number(p.share)} for p in self.points]
         save_text(json.dumps({"prompts": list(map(str, self.prompts)), "points": rows}, indent=1), written[1])
         labels = [f"{p.name}\n{p.time:.2f} of the time" for p in self.points]
         save_picture(labelled_grid(self.pictures, labels, [""] * len(self.prompts), cell=96), written[2])
-        return [*written, self.plot(folder / "frontier.png")]
+        if find_spec("matplotlib"):
+            written.append(self.plot(folder / "frontier.png"))
+        return written
 
     def plot(self, path: str | Path) -> Path:
         """Draw quality against time.
@@ -105,9 +108,11 @@ class Frontier:
         figure = Figure(figsize=(10 if scored else 5.5, 4), layout="constrained")
         axes = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
         drawn = [p for p in self.points if np.isfinite(median(p.psnr))]
-        _curve(axes[0], [(p.time, median(p.psnr), p.name) for p in drawn], "PSNR to the first row, dB (median)")
+        counted = all(np.isfinite(p.share) for p in self.points)  # MACs are steadier than times of a few pictures
+        unit = "MACs" if counted else "time"
+        _curve(axes[0], [(_cost(p), median(p.psnr), p.name) for p in drawn], "PSNR to the first row, dB (median)", unit)
         if scored:
-            _curve(axes[1], [(p.time, float(np.mean(p.score)), p.name) for p in self.points], "score (mean)")
+            _curve(axes[1], [(_cost(p), float(np.mean(p.score)), p.name) for p in self.points], "score (mean)", unit)
         path = Path(path)
         partial = path.with_name(f".{path.name}.partial")
         figure.savefig(partial, format="png", dpi=110)
@@ -144,7 +149,9 @@ def stitch_frontier(
     networks = small_networks(pipe, small)
     if len(networks) > 1:
         raise ValueError("a frontier is over the share of one small network; give one")
-    rows = {f"{share:.0%} small": lambda share=share: _stitched(pipe, networks, share) for share in fractions}
+    for share in fractions:
+        check_numbers(1, (float(share),), ())
+    rows = {f"{100 * share:g}% small": lambda share=share: _stitched(pipe, networks, share) for share in fractions}
     return frontier(pipe, rows, prompts, score=score, seed=seed, **call)
 
 
@@ -174,7 +181,8 @@ def frontier(
     if not rows or not prompts or isinstance(prompts, str):
         raise ValueError("a frontier needs rows and a list of prompts")
     first = next(iter(rows))
-    _draw(pipe, rows[first], prompts[0], seed, call)  # caches and memory are there when the clock starts
+    for policy in rows.values():  # kernels, memory and the places of weights are settled when the clock starts
+        _draw(pipe, policy, prompts[0], seed, call)
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     psnr: dict[str, list[float]] = {name: [] for name in rows}
     scores: dict[str, list[float]] = {name: [] for name in rows}
@@ -193,7 +201,7 @@ def frontier(
     points = []
     for name in rows:
         shares = [taken / base for taken, base in zip(seconds[name], seconds[first], strict=True)]
-        cuts = quantiles(shares, n=5) if len(shares) > 1 else shares * 4
+        cuts = quantiles(shares, n=5, method="inclusive") if len(shares) > 1 else shares * 4
         share = macs[name] / macs[first] if macs[first] else float("nan")
         numbers = (median(shares), cuts[0], cuts[3], median(seconds[name]), macs[name], share)
         points.append(Point(name, *numbers, tuple(psnr[name]), tuple(scores[name])))
@@ -226,14 +234,23 @@ def _draw(
             handle.remove()
 
 
+def _number(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
 def _psnr(a: Image.Image, b: Image.Image) -> float:
     error = np.square(np.asarray(a, np.float64) - np.asarray(b, np.float64)).mean()
     return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
 
-def _curve(axes: Any, points: Sequence[tuple[float, float, str]], title: str) -> None:
+def _cost(point: Point) -> float:
+    return point.share if np.isfinite(point.share) else point.time
+
+
+def _curve(axes: Any, points: Sequence[tuple[float, float, str]], title: str, unit: str) -> None:
     axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-")
     for x, y, name in points:
         axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
-    axes.set(xlabel="time of a picture, share of the first row's", ylabel=title)
+    axes.set(xlabel=f"{unit} of a picture, share of the first row's", ylabel=title)
+    axes.margins(x=0.15)  # room for the last name
     axes.grid(alpha=0.3)

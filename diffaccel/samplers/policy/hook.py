@@ -107,7 +107,7 @@ class PolicyHook(ModelHook):
         self._work = latents(given).device
         for name in plan.names():
             self._place(module, name, waiting=self._offloads(module))
-        self.spent = Spent.of_run(plan, step, given, self.pipe)
+        self.spent = Spent.of_run(plan, step, given)
 
     def made(self, module: nn.Module, name: str) -> nn.Module:
         """The variant of that name; a function makes it out of `module`."""
@@ -123,7 +123,7 @@ class PolicyHook(ModelHook):
         self._last = name
         self.spent.count(self._step, name, args, kwargs)
         own = self.fn_ref.original_forward if name == FULL else self.networks[name]
-        return self.compiled.get(name, own)(*args, **kwargs)
+        return self.compiled.get(name, own)(*args, **kwargs)  # type: ignore[misc]
 
     # Where weights are
 
@@ -134,11 +134,12 @@ class PolicyHook(ModelHook):
     @torch.inference_mode(False)  # weights that are moved within would never again be trained
     def _place(self, module: Any, name: str, waiting: bool) -> None:
         """Bring a network with weights of its own to the latents, and into the pipeline's type; or let it wait."""
-        if name == FULL:
+        if name == FULL or shares_weights(self.networks[name], module):
             if self.offload and not hasattr(module, "_hf_hook"):
                 module.to("cpu" if waiting else self._work)
                 self._waits = waiting
-        elif not shares_weights(network := self.networks[name], module):
+        else:
+            network = self.networks[name]
             network.to(device="cpu" if waiting else self._work)
             if not waiting and getattr(network, "dtype", module.dtype) != module.dtype:
                 network.to(dtype=module.dtype)

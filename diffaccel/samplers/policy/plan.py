@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 FULL = "full"  # the pipeline's own network
+_OTHER_UNITS = 2.0  # EDM's largest timestep is log(80) / 4, SCM's pi / 2
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,19 @@ class Grid:
 
     timesteps: tuple[float, ...]
     first: int = 0
+
+    def training_times(self) -> tuple[float, ...]:
+        """The timesteps, if they are those of the training, 0 to about 1000.
+
+        Raises:
+            ValueError: for a scheduler that counts in something else: EDM's count log sigma / 4, SCM's radians.
+        """
+        if self.timesteps and (max(self.timesteps) <= _OTHER_UNITS or min(self.timesteps) < -1):
+            raise ValueError(
+                f"this scheduler counts from {self.timesteps[0]:.4g} to {self.timesteps[-1]:.4g}; a policy by timestep "
+                "needs one that counts in training timesteps, 1000 to 0, such as Euler or DPM-Solver++"
+            )
+        return self.timesteps
 
     def __len__(self) -> int:
         """Steps of the whole trajectory, those before `first` included."""
@@ -56,7 +70,7 @@ class Plan:
 
 
 class Policy(Protocol):
-    """A rule that plans runs. A plain function `(grid, conditioning) -> Plan` is not enough: a policy has a name."""
+    """A rule that plans runs."""
 
     def plan(self, grid: Grid, conditioning: Mapping[str, Any]) -> Plan:
         """Plan one run.

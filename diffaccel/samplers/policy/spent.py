@@ -35,7 +35,10 @@ class Report:
     full: float
 
     def __str__(self) -> str:
-        calls = ", ".join(f"{count} x {name}" for name, count in self.calls.items())
+        together: dict[str, int] = {}
+        for name, count in self.calls.items():  # "depth 4, part 9": one depth has maps for each part of time
+            together[name.split(",")[0]] = together.get(name.split(",")[0], 0) + count
+        calls = ", ".join(f"{count} x {name}" for name, count in together.items())
         share = f"{self.macs / self.full:.1%}" if self.full else "nothing"
         cost = f"{self.macs / 1e9:.3g} GMACs a picture ({self.planned / 1e9:.3g} planned)"
         return f"{calls}: {cost}, {share} of the whole network's"
@@ -60,9 +63,9 @@ class Spent:
     calls: dict[tuple[str, Any], tuple[int, _Call]] = field(default_factory=dict)
 
     @classmethod
-    def of_run(cls, plan: Plan, first: int, given: Mapping[str, Any], pipe: Any) -> Spent:
+    def of_run(cls, plan: Plan, first: int, given: Mapping[str, Any]) -> Spent:
         """For a run that starts at step `first` with these arguments."""
-        return cls(_pictures(given, pipe), plan.table[first:], first)
+        return cls(_pictures(given), plan.table[first:], first)
 
     def count(self, step: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note a call. Costs microseconds: shapes are read, nothing is counted yet."""
@@ -105,9 +108,12 @@ def _rows(call: _Call) -> int:
     return len(args[0] if args else latents(kwargs))
 
 
-def _pictures(given: Mapping[str, Any], pipe: Any) -> int:
-    """Pictures of a batch. Guidance in one call has every picture's latents twice, one half like the other."""
+def _pictures(given: Mapping[str, Any]) -> int:
+    """Pictures of a batch. Guidance in one call has every picture's latents twice or more, one copy after the other.
+
+    Pictures from the same noise, without guidance, would be taken for copies.
+    """
     sample = latents(given)
     rows = len(sample)
-    guided = getattr(pipe, "do_classifier_free_guidance", True) and rows % 2 == 0
-    return rows // 2 if guided and torch.equal(sample[: rows // 2], sample[rows // 2 :]) else rows
+    periods = (n for n in range(1, rows) if rows % n == 0)
+    return next((n for n in periods if torch.equal(sample[n:], sample[:-n])), rows)

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from diffusers.utils import logging
 from torch import nn
 
 from diffaccel.samplers.policy.attach import Handle, attach
 from diffaccel.samplers.policy.compatible import check_network, check_pipeline
 from diffaccel.samplers.policy.plan import FULL, Grid, Plan
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,17 @@ class Stitch:
     def plan(self, grid: Grid, conditioning: Mapping[str, Any]) -> Plan:
         """The steps that image-to-image leaves out count: they were the small networks'."""
         if self.timesteps:
-            return Plan.same([self._at(time) for time in grid.timesteps])
+            return Plan.same([self._at(time) for time in grid.training_times()])
         plan = [FULL] * len(grid)
         begin = 0
         for name, share in zip(self.names, _sums(self.fractions), strict=True):
             end = math.floor(share * len(grid) + 1e-9)  # 0.1 + 0.2 is a little more than 0.3, 0.7 + 0.1 less than 0.8
             plan[begin:end] = [name] * (end - begin)
             begin = end
+        if begin == 0 and sum(self.fractions) > 0:
+            logger.warning(
+                f"{sum(self.fractions):g} of {len(grid)} steps is less than one; small networks make none of this run"
+            )
         return Plan.same(plan)
 
     def _at(self, time: float) -> str:
@@ -64,8 +71,9 @@ def stitch(
 
     Args:
         pipe: the pipeline whose network is the large one; it stays as it is but for a hook.
-        small: a network, or a pipeline with one: then scheduler and text encoder are compared too. Several, from the
-            smallest to the largest, as a list.
+        small: a network, or a pipeline with one: then scheduler, text encoder and scale of the latents are compared
+            too. Several, from the smallest to the largest, as a list. It is moved to where the large one works, and
+            cast to its type, for good.
         fraction: share of the steps for the small network, in [0, 1]; default 0.4. Of several, one share each.
         timestep: instead, the timestep (noise level) down to which the small one is used, of those that schedulers
             count, 1000 = noise. Of several, one each, falling.
@@ -83,7 +91,7 @@ def stitch(
     fractions = _numbers("fraction", 0.4 if fraction is None and timestep is None else fraction)
     timesteps = _numbers("timestep", timestep)
     networks = small_networks(pipe, small)
-    _check_numbers(len(networks), fractions, timesteps)
+    check_numbers(len(networks), fractions, timesteps)
     return attach(pipe, Stitch(tuple(networks), fractions, timesteps), networks, offload=offload)
 
 
@@ -111,11 +119,14 @@ def _sums(shares: tuple[float, ...]) -> list[float]:
     return [sum(shares[: i + 1]) for i in range(len(shares))]
 
 
-def _check_numbers(count: int, fractions: tuple[float, ...], timesteps: tuple[float, ...]) -> None:
+def check_numbers(count: int, fractions: tuple[float, ...], timesteps: tuple[float, ...]) -> None:
+    """Raise ValueError for shares or timesteps that are out of range, or not as many as networks."""
     given = fractions or timesteps
     if len(given) != count:
         raise ValueError(f"give one fraction or timestep for each small network: {count}, not {len(given)}")
     if fractions and not (min(fractions) >= 0 and sum(fractions) <= 1 + 1e-9):
         raise ValueError(f"the fraction of steps lies between 0 and 1, all of them together too, not {list(fractions)}")
+    if timesteps and 0 < max(timesteps) <= 1:
+        raise ValueError(f"timesteps count to 1000 here, not to 1; write timestep={1000 * max(timesteps):g}")
     if timesteps and not (all(time >= 0 for time in timesteps) and sorted(timesteps, reverse=True) == list(timesteps)):
         raise ValueError(f"timesteps fall from network to network and are not negative, unlike {list(timesteps)}")

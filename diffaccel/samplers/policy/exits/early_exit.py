@@ -46,6 +46,10 @@ def early_exit(
         )
     if not schedule.exits():
         raise ValueError(f"this schedule always computes all {whole} layers; give a depth below {whole} somewhere")
+    if schedule.mapped and maps is None:
+        raise ValueError(
+            "this schedule is for fitted exits; write early_exit(pipe, fitted.schedule(...), maps=fitted.maps)"
+        )
     if maps is not None and (missing := [key for key in schedule.exits() if key not in maps]):
         raise ValueError(f"there is no map for depth {missing[0][0]} in part {missing[0][1]} of time; fit it too")
     schedule = replace(schedule, mapped=maps is not None)

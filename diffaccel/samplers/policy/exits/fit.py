@@ -58,7 +58,7 @@ class FittedExits:
         """
         if not 0 < target <= 1:
             raise ValueError(f"the target is a share of the multiply-accumulates, above 0 and up to 1, not {target}")
-        return DepthSchedule(best(self.errors, self.costs, target)[0], self.layers, self.train_timesteps)
+        return DepthSchedule(best(self.errors, self.costs, target)[0], self.layers, self.train_timesteps, mapped=True)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
@@ -133,7 +133,9 @@ def fit_exits(
         raise ValueError("the pipeline has a policy; take it off before exits are fitted: handle.remove()")
     for depth in chosen:
         shallow(model, depth, nn.Identity())  # what cannot be left at this depth says so now
-    if len(prompts) < 2 or isinstance(prompts, str) or parts < 1:
+    if parts < 1:
+        raise ValueError(f"the training time has one part or more, not {parts}")
+    if len(prompts) < 2 or isinstance(prompts, str):
         raise ValueError("exits are fitted on some prompts and measured on others; give a list of two or more")
 
     def calls(few: Sequence[Prompt], start: int) -> Calibration:

@@ -35,16 +35,7 @@ class DepthSchedule:
             )
 
     def part(self, timestep: float) -> int:
-        """Index of the part of time that a timestep lies in.
-
-        Raises:
-            ValueError: for times below 0: EDM schedulers count log sigma / 4.
-        """
-        if timestep < -1e-3 * self.train_timesteps:
-            raise ValueError(
-                f"a timestep of {timestep:.4g} is outside of the training time, 0 to {self.train_timesteps:g}; depths "
-                "need a scheduler that counts in training timesteps, such as Euler or DPM-Solver++"
-            )
+        """Index of the part of time that a timestep lies in."""
         return min(len(self.depths) - 1, max(0, int(timestep * len(self.depths) / self.train_timesteps)))
 
     def depth(self, timestep: float) -> int:
@@ -53,7 +44,7 @@ class DepthSchedule:
 
     def plan(self, grid: Grid, conditioning: Mapping[str, Any]) -> Plan:
         """One network a step, by its `name`."""
-        return Plan.same([self.name(self.part(time)) for time in grid.timesteps])
+        return Plan.same([self.name(self.part(time)) for time in grid.training_times()])
 
     def name(self, part: int) -> str:
         """What the network of a part of time is called in plans and reports."""
