@@ -10,7 +10,7 @@ stops; the same command with `--resume` goes on.
 """
 
 # diffusers and torch annotate models, configs and outputs too loosely for these checks.
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false, reportReturnType=false
 
 from __future__ import annotations
 
