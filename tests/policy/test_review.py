@@ -20,7 +20,7 @@ from tests import tiny
 
 def test_a_schedule_of_fitted_exits_is_refused_without_its_maps():
     pipe = copy.deepcopy(tiny.sd()[0])
-    with pytest.raises(ValueError, match="maps=fitted.maps"):
+    with pytest.raises(ValueError, match=r"maps=fitted\.maps"):
         diffaccel.early_exit(pipe, DepthSchedule((2, 1), 2, mapped=True))
     assert "_diffusers_hook" not in vars(pipe.unet)
 
