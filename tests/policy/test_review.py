@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 
 import diffaccel
 from diffaccel.samplers.policy import attach
@@ -75,6 +76,14 @@ def test_views_are_where_their_network_is(monkeypatch):
         tiny.draw((pipe, call), pipe.scheduler, 4)
         assert placed[-1] == torch.device("cpu")  # the latents' device, a `torch.device`: not the "cpu" of waiting
         assert isinstance(placed[-1], torch.device)
+
+
+def test_exits_are_not_fitted_on_offloaded_weights():
+    pipe, call = tiny.sd()
+    pipe = copy.deepcopy(pipe)
+    cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="fit the exits before"):
+        diffaccel.fit_exits(pipe, [call, call])
 
 
 def test_a_function_is_no_policy():

@@ -133,6 +133,8 @@ def fit_exits(
         raise ValueError("the pipeline has a policy; take it off before exits are fitted: handle.remove()")
     for depth in chosen:
         shallow(model, depth, nn.Identity())  # what cannot be left at this depth says so now
+    if next(model.parameters()).is_meta:
+        raise ValueError("the network's weights are offloaded; fit the exits before enable_sequential_cpu_offload()")
     if parts < 1:
         raise ValueError(f"the training time has one part or more, not {parts}")
     if len(prompts) < 2 or isinstance(prompts, str):
