@@ -12,6 +12,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import diffaccel
+from diffaccel.samplers.policy.hook import NAME
 from tests.policy import KINDS, denoiser, like, smaller, toy
 from tests.tiny import SD_BETAS, draw
 
@@ -24,7 +25,8 @@ def refused(pipe: Any, small: Any, kind: type[Exception], *parts: str) -> None:
     sentence = str(error.value)
     assert "\n" not in sentence
     assert all(part in sentence for part in parts), sentence
-    assert "_diffusers_hook" not in vars(denoiser(pipe))
+    registry = vars(denoiser(pipe)).get("_diffusers_hook")  # Flux and Wan leave one of Diffusers' own after a run
+    assert registry is None or NAME not in registry.hooks
     assert "forward" not in vars(denoiser(pipe))
 
 
