@@ -33,9 +33,10 @@ from diffaccel import zoo
 from diffaccel.cost import processor
 from diffaccel.eval.compare import folder_name
 from diffaccel.pictures import labelled_grid, save_picture, save_text
-from diffaccel.samplers.policy import FULL, Handle, Plan, attach
+from diffaccel.samplers.policy import Handle, attach
 from diffaccel.samplers.policy.exits import FittedExits, fit_exits
 from diffaccel.samplers.policy.frontier import Point, frontier
+from diffaccel.samplers.policy.stitch import Stitch
 
 RESULTS, WEIGHTS = Path(__file__).parent / "results", Path(__file__).parent / "weights"
 STEPS = 10
@@ -247,7 +248,7 @@ def times(rows: dict[str, Row], prompts: Sequence[ev.Prompt], call: dict[str, An
     load = rows["whole"][0]
     pipe = load()
     texts: list[Any] = [int(p.text) if isinstance(pipe, DiTPipeline) else p.text for p in prompts]
-    policies: dict[str, Callable[[], Handle | None]] = {"whole": lambda: attach(pipe, _Whole(), {})}
+    policies: dict[str, Callable[[], Handle | None]] = {"whole": lambda: attach(pipe, Stitch(()), {})}  # counted
     for name, (other, policy, steps) in rows.items():
         if other is load and steps == STEPS and name != "whole":
             policies[name] = partial(policy, pipe)
@@ -255,13 +256,6 @@ def times(rows: dict[str, Row], prompts: Sequence[ev.Prompt], call: dict[str, An
             policies[name] = partial(policy, pipe)
     result = frontier(pipe, policies, texts, num_inference_steps=STEPS, **call)
     return {point.name: point for point in result.points}
-
-
-class _Whole:
-    """The pipeline's own network at every step, counted."""
-
-    def plan(self, grid: Any, conditioning: Any) -> Any:
-        return Plan.same([FULL] * len(grid))
 
 
 def times_table(points: dict[str, Point], count: int) -> str:
@@ -295,21 +289,16 @@ def plot(
 
     whole = scores(out, "whole", tested, captions)
     figure = Figure(figsize=(11, 4.2), layout="constrained")
+    shares = {name: point.share for name, point in timed.items()}
+    shares |= {name: int(name.split()[0]) / STEPS for name in names if name.endswith("steps")}
     kinds = {"stitch": "T-Stitch", "fitted": "fitted exits", "trained": "trained exits", "steps": "fewer steps"}
     for axes, key in zip(figure.subplots(1, 2), whole, strict=True):
         for kind, label in kinds.items():
-            points = []
-            for name in names:
-                if name.startswith(kind) or (kind == "steps" and name.endswith("steps")):
-                    share = (
-                        timed[name].share
-                        if name in timed
-                        else int(name.split()[0]) / STEPS
-                        if kind == "steps"
-                        else None
-                    )
-                    if share is not None:
-                        points.append((share, *difference(scores(out, name, tested, captions)[key], whole[key])))
+            points = [
+                (shares[name], *difference(scores(out, name, tested, captions)[key], whole[key]))
+                for name in names
+                if kind in (name.split()[0], name.split()[-1])
+            ]
             if points:
                 x, y, half = zip(*sorted(points), strict=True)
                 axes.errorbar(x, y, half, fmt="o-", capsize=3, label=label)

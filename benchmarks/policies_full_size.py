@@ -23,10 +23,11 @@ from diffaccel.cost import parameters, processor
 from diffaccel.pictures import save_text
 from diffaccel.pruning import example_inputs
 from diffaccel.pruning.prune import count_macs
-from diffaccel.samplers.policy import FULL, Plan, attach
+from diffaccel.samplers.policy import attach
 from diffaccel.samplers.policy.exits import LinearExit, layers, shallow
 from diffaccel.samplers.policy.exits.depth import exits_of
 from diffaccel.samplers.policy.exits.tap import listening
+from diffaccel.samplers.policy.stitch import Stitch
 
 RESULTS = Path(__file__).parent / "results"
 BK_SDM_TINY = {  # arXiv:2305.15798: one layer a stage, no innermost stage, no middle; 323 M parameters
@@ -107,11 +108,6 @@ class _Pipe:
         self.components = {"transformer": network, "scheduler": self.scheduler}
 
 
-class _Whole:
-    def plan(self, grid: Any, conditioning: Any) -> Plan:
-        return Plan.same([FULL] * len(grid))
-
-
 def overhead(rounds: int) -> str:
     """Seconds that a policy adds to a call."""
     network: Any = DiTTransformer2DModel(
@@ -121,7 +117,7 @@ def overhead(rounds: int) -> str:
     plain, hooked = [], []
     for _ in range(rounds):
         plain.append(seconds(network, inputs))
-        with attach(_Pipe(network), _Whole(), {}):
+        with attach(_Pipe(network), Stitch(()), {}):
             seconds(network, inputs)  # plans the run
             hooked.append(seconds(network, inputs))
     return f"The hook adds {1e6 * (median(hooked) - median(plain)):.0f} microseconds to a call (medians of {rounds})."

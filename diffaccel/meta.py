@@ -13,8 +13,8 @@ from torch import Tensor, nn
 def meta_copy(model: nn.Module) -> Any:
     """A copy of `model` on the meta device; its weights are never copied.
 
-    Forward hooks are left out: gates and recorders would meet tensors without numbers. So are Accelerate's, which would
-    move them, and know other networks of the pipeline.
+    Hooks are left out: gates and recorders would meet tensors without numbers, Accelerate's and Diffusers' would move
+    them, and know other networks of the pipeline. Layerwise casting is replaced by its compute type.
     """
     # `deepcopy` takes what it finds in its memo instead of copying: every tensor is there.
     tensors = [*model.parameters(), *model.buffers()]
@@ -24,6 +24,10 @@ def meta_copy(model: nn.Module) -> Any:
     for module in copied.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
+        if (registry := vars(module).pop("_diffusers_hook", None)) is not None:
+            vars(module).pop("forward", None)  # bound to the original, see `PolicyHook`
+            if (casting := registry.get_hook("layerwise_casting")) is not None:
+                module.to(casting.compute_dtype)
     return copied
 
 

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from captions import CaptionTable, tokens
 from data import load_emoji, synthetic_emoji
 from diffusers import UNet2DConditionModel
 from fit import FitConfig, fit
@@ -25,12 +24,11 @@ from pipeline import save_half
 from presets import PRESETS
 from run import SYNTHETIC
 from torch import nn
-from unet import latent_pool
+from unet import captioned_latents
 
 from diffaccel import zoo
 
 _BATCH = 64
-_DROPPED_CAPTIONS = 0.1
 
 
 def build_network(text_width: int) -> UNet2DConditionModel:
@@ -66,17 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     preset, synthetic = PRESETS["cpu"], options.data == SYNTHETIC
     data = synthetic_emoji() if synthetic else load_emoji(Path(options.data), preset)
-    pipe, cpu = zoo.load("emoji-sd"), torch.device("cpu")
-    pool = latent_pool(pipe.vae, data, 1 if synthetic else preset.latent_copies, mixed_precision=False)
-    captions = CaptionTable.of(data.captions, pipe.tokenizer, cpu).embedded(pipe.text_encoder)
-    with torch.no_grad():
-        empty = pipe.text_encoder(tokens(pipe.tokenizer, [""])).last_hidden_state.half()
-
-    def next_batch() -> tuple[torch.Tensor, torch.Tensor]:
-        copy, picture = torch.randint(len(pool), (_BATCH,)), torch.randint(len(data), (_BATCH,))
-        dropped = torch.rand(_BATCH, 1, 1) < _DROPPED_CAPTIONS
-        return pool[copy, picture].float(), torch.where(dropped, empty, captions.draw(picture)).float()
-
+    pipe = zoo.load("emoji-sd")
+    pool, next_batch = captioned_latents(pipe, data, 1 if synthetic else preset.latent_copies, _BATCH)
     network = build_network(pipe.text_encoder.config.hidden_size).to(memory_format=torch.channels_last)
     spread = (pool.float() - pool.float().mean((0, 1))).square().mean()
     print(f"[oms] {network.num_parameters() / 1e6:.2f} M parameters; error of the mean latent {spread:.4f}", flush=True)

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from captions import CaptionTable, tokens
 from data import load_emoji, synthetic_emoji
 from diffusers import UNet2DConditionModel
 from fit import FitConfig, fit
@@ -27,14 +26,13 @@ from pipeline import save_half, training_schedule
 from presets import PRESETS
 from run import SYNTHETIC
 from torch import nn
-from unet import NoiseLoss, latent_pool
+from unet import NoiseLoss, captioned_latents
 
 from diffaccel import zoo
 from diffaccel.pruning.influence import influence
 
 _BATCH = 64
 _INFLUENCE = (0.1, 5.0)  # bounds of the weights: the network stays usable at little noise
-_DROPPED_CAPTIONS = 0.1
 
 
 def build_small(large: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -78,16 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     preset, synthetic = PRESETS["cpu"], options.data == SYNTHETIC
     data = synthetic_emoji() if synthetic else load_emoji(Path(options.data), preset)
     pipe = zoo.load("emoji-sd")
-    pool = latent_pool(pipe.vae, data, 1 if synthetic else preset.latent_copies, mixed_precision=False)
-    captions = CaptionTable.of(data.captions, pipe.tokenizer, torch.device("cpu")).embedded(pipe.text_encoder)
-    with torch.no_grad():
-        empty = pipe.text_encoder(tokens(pipe.tokenizer, [""])).last_hidden_state.half()
-
-    def next_batch() -> tuple[torch.Tensor, torch.Tensor]:
-        copy, picture = torch.randint(len(pool), (_BATCH,)), torch.randint(len(data), (_BATCH,))
-        dropped = torch.rand(_BATCH, 1, 1) < _DROPPED_CAPTIONS
-        return pool[copy, picture].float(), torch.where(dropped, empty, captions.draw(picture)).float()
-
+    _, next_batch = captioned_latents(pipe, data, 1 if synthetic else preset.latent_copies, _BATCH)
     small = UNet2DConditionModel.from_pretrained(options.init).float() if options.init else build_small(pipe.unet)
     small = small.to(memory_format=torch.channels_last)
     print(f"[small] {small.num_parameters() / 1e6:.2f} M parameters", flush=True)

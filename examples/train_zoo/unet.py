@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from captions import CaptionTable, tokens
 from data import Emoji, augment
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from fit import FitConfig, fit
 from grow import grow_unet
 from pipeline import training_schedule
@@ -45,6 +45,23 @@ def latent_pool(vae: AutoencoderKL, data: Emoji, copies: int, mixed_precision: b
                 latents = vae.encode(pictures).latent_dist.sample()
             pool.append((latents.float() * vae.config.scaling_factor).half())
     return torch.cat(pool).unflatten(0, (1 + copies, len(data)))
+
+
+def captioned_latents(
+    pipe: StableDiffusionPipeline, data: Emoji, copies: int, batch: int
+) -> tuple[torch.Tensor, Callable[[], tuple[torch.Tensor, torch.Tensor]]]:
+    """The latent pool of a trained pipeline, and random batches of (latents, text embeddings), a tenth without text."""
+    pool = latent_pool(pipe.vae, data, copies, mixed_precision=False)
+    captions = CaptionTable.of(data.captions, pipe.tokenizer, torch.device("cpu")).embedded(pipe.text_encoder)
+    with torch.no_grad():
+        empty = pipe.text_encoder(tokens(pipe.tokenizer, [""])).last_hidden_state.half()
+
+    def next_batch() -> tuple[torch.Tensor, torch.Tensor]:
+        copy, picture = torch.randint(len(pool), (batch,)), torch.randint(len(data), (batch,))
+        dropped = torch.rand(batch, 1, 1) < _DROPPED_CAPTIONS
+        return pool[copy, picture].float(), torch.where(dropped, empty, captions.draw(picture)).float()
+
+    return pool, next_batch
 
 
 def spread_timesteps(count: int, steps: int, device: torch.device) -> torch.Tensor:

@@ -45,7 +45,8 @@ class Handle:
 
         def count(name: str, call: tuple[tuple[Any, ...], dict[str, Any]]) -> int:
             if name not in counted:
-                counted[name] = _plain(self._module if name == FULL else self._hook.made(self._module, name))
+                network = self._module if name == FULL else self._hook.made(self._module, name)
+                counted[name] = meta_copy(getattr(network, "_orig_mod", network))
             return macs(counted[name], *to_meta(call[0]), **to_meta(call[1]))
 
         return self._hook.spent.report(count)
@@ -140,14 +141,3 @@ def attached(pipe: Any) -> Handle | None:
 def _hook(module: nn.Module) -> PolicyHook | None:
     registry: Any = getattr(module, "_diffusers_hook", None)
     return registry.get_hook(NAME) if registry is not None else None
-
-
-def _plain(network: Any) -> Any:
-    """A copy to count on, without what Diffusers' hooks (casting, offloading) would do with tensors without numbers."""
-    copied = meta_copy(getattr(network, "_orig_mod", network))
-    for module in copied.modules():
-        if (registry := vars(module).pop("_diffusers_hook", None)) is not None:
-            vars(module).pop("forward", None)
-            if (casting := registry.get_hook("layerwise_casting")) is not None:
-                module.to(casting.compute_dtype)
-    return copied

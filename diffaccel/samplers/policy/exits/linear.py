@@ -22,11 +22,6 @@ class LinearExit(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(bias, requires_grad=False)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights."""
-        return self.weight.dtype
-
     def forward(self, x: Tensor) -> Tensor:
         """Tokens or pixels in, as many out. The map follows the type and the device of its input."""
         weight, bias = self.weight.to(x), self.bias.to(x)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 # What offloading, Diffusers' hooks and compilation leave on a module, bound to that module
-_NOT_SHARED = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook", "__deepcopy__")
+_NOT_SHARED = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook")
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
