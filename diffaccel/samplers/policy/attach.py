@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from diffaccel.cost import denoisers, macs
+from diffaccel.hooking import hook_on, register, unregister
 from diffaccel.meta import meta_copy, to_meta
-from diffaccel.samplers.policy.hook import NAME, PolicyHook, Variant, rebound, register, unregister
+from diffaccel.samplers.policy.hook import NAME, PolicyHook, Variant, rebound
 from diffaccel.samplers.policy.plan import FULL, Grid, Plan, Policy
 from diffaccel.samplers.policy.spent import Report
 
@@ -68,7 +69,7 @@ class Handle:
         registry = getattr(self._module, "_diffusers_hook", None)
         if registry is not None and registry.get_hook(NAME) is self._hook:
             self._hook.come_home(self._module)
-            unregister(self._module)
+            unregister(self._module, NAME)
 
     def __enter__(self) -> Handle:
         return self
@@ -117,13 +118,13 @@ def attach(pipe: Any, policy: Policy, variants: Mapping[str, Variant], *, offloa
                 f"pipe.{name} has a policy already, from this pipeline or one that shares it; take it off first: "
                 "handle.remove()"
             )
-        unregister(module)  # the network alone was copied, and what is left of its policy does nothing
+        unregister(module, NAME)  # the network alone was copied, and what is left of its policy does nothing
     if not callable(getattr(policy, "plan", None)):
         raise TypeError(f"a policy is an object with plan(grid, conditioning) -> Plan, not a {type(policy).__name__}")
     if FULL in variants:
         raise ValueError(f"{FULL!r} is the pipeline's own network; give the variant another name")
     hook = PolicyHook(pipe, policy, variants, offload)
-    register(module, hook)
+    register(module, hook, NAME)
     return Handle(module, hook)
 
 
@@ -139,5 +140,4 @@ def attached(pipe: Any) -> Handle | None:
 
 
 def _hook(module: nn.Module) -> PolicyHook | None:
-    registry: Any = getattr(module, "_diffusers_hook", None)
-    return registry.get_hook(NAME) if registry is not None else None
+    return hook_on(module, NAME)

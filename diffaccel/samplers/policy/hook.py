@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from accelerate.hooks import CpuOffload, add_hook_to_module, remove_hook_from_module
-from diffusers.hooks import HookRegistry, ModelHook
+from accelerate.hooks import CpuOffload
+from diffusers.hooks import ModelHook
 from torch import nn
 
+from diffaccel.hooking import register, unregister
 from diffaccel.samplers.policy.clock import Clock
 from diffaccel.samplers.policy.plan import FULL, Grid, Plan, Policy
 from diffaccel.samplers.policy.rows import split
@@ -164,37 +164,7 @@ def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 def rebound(module: Any) -> Callable[..., Any]:
     """`forward` of a deep copy, bound to the copy: with its own policy, or none if only the network was copied."""
     hook = module._diffusers_hook.get_hook(NAME)
-    unregister(module)
+    unregister(module, NAME)
     if hook.pipe is not None:
-        register(module, hook)
+        register(module, hook, NAME)
     return module.forward
-
-
-@contextmanager
-def beneath_offloading(module: Any) -> Iterator[None]:
-    """Without Accelerate's hook on `module` while the block runs: it puts back the `forward` that it found."""
-    hook = getattr(module, "_hf_hook", None)
-    if hook is not None:
-        remove_hook_from_module(module)
-    try:
-        yield
-    finally:
-        if hook is not None:
-            add_hook_to_module(module, hook)
-
-
-def register(module: nn.Module, hook: PolicyHook) -> None:
-    """Put the hook on the network, inside of Accelerate's."""
-    with beneath_offloading(module):
-        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, NAME)
-
-
-def unregister(module: nn.Module) -> None:
-    """Take it off; nothing of it stays."""
-    with beneath_offloading(module):
-        registry = HookRegistry.check_if_exists_or_initialize(module)
-        registry.remove_hook(NAME, recurse=False)
-        if not registry.hooks:
-            del module._diffusers_hook
-        if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
-            del module.__dict__["forward"]  # the bound method that Diffusers put back

@@ -1,0 +1,180 @@
+"""What an edit touches: from a mask of the picture to boxes and tokens at the resolutions of a network."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from diffaccel.kernels.boxes import Box, Boxes, bounding_boxes, merge, same_size, scaled, touching
+
+
+class Region:
+    """An edit at the resolution of a network's input, with the boxes of each level, made once.
+
+    A level with 1 / 2^i of the rows has a margin of `margin` / 2^i pixels, and at least 1. Levels where the boxes would
+    take more than `dense_above` of the map, or that have at most `dense_below` rows, run dense, and all below them.
+
+    Args:
+        masks: bool, (masks, rows, columns) at the resolution of the network's input, or (rows, columns).
+        margin, max_boxes, dense_above, dense_below: see `SparseEditConfig`.
+    """
+
+    def __init__(
+        self,
+        masks: np.ndarray,
+        *,
+        margin: int = 0,
+        max_boxes: int = 4,
+        dense_above: float = 1.0,
+        dense_below: int = 0,
+    ):
+        self.masks = masks if masks.ndim == 3 else masks[None]
+        if self.masks.ndim != 3 or self.masks.dtype != bool:
+            raise ValueError(f"masks are bool, (masks, rows, columns); not {masks.dtype}, {masks.shape}")
+        if not self.masks.any(axis=(1, 2)).all():
+            raise ValueError("the mask is empty: nothing would be edited; paint what should change in white")
+        self.margin, self.size = margin, (self.masks.shape[1], self.masks.shape[2])
+        self._dense_above, self._dense_below = dense_above, dense_below
+        self._levels: dict[tuple[int, int], Boxes | None] = {}
+        self._base = [bounding_boxes(mask, max_boxes) for mask in self.masks]
+        while (hit := self._collision()) is not None:
+            row, pair = hit
+            self._base[row] = merge(self._base[row], *pair)
+
+    def boxes(self, height: int, width: int) -> Boxes | None:
+        """Boxes on a feature map of that size; None if that level runs dense."""
+        if (height, width) not in self._levels:
+            self._levels[height, width] = self._made(height, width)
+        return self._levels[height, width]
+
+    @property
+    def share(self) -> float:
+        """Area that is recomputed, margin included, as a share of the network's input."""
+        return self._at(*self.size)[1].share
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is too large to be worth it: the whole network should run dense."""
+        return self.boxes(*self.size) is None
+
+    def inside(self, device: Any = None) -> Tensor:
+        """The masks themselves, bool, (masks, 1, rows, columns): where the network's output is new."""
+        return torch.from_numpy(self.masks)[:, None].to(device)
+
+    def tokens(self, device: Any = None) -> Tensor:
+        """Active tokens in ascending order, long, (masks, n): of the masks and `margin` around them.
+
+        Masks with fewer tokens than others take more of the nearest.
+        """
+        rings = np.stack([_rings(mask, self.margin) for mask in self.masks]).reshape(len(self.masks), -1)
+        count = int((rings <= self.margin).sum(axis=1).max())
+        return torch.from_numpy(np.sort(np.argsort(rings, axis=1, kind="stable")[:, :count], axis=1)).to(device)
+
+    def draw(self, picture: Image.Image) -> Image.Image:
+        """The picture with the first mask tinted red and the recomputed boxes framed."""
+        from PIL import ImageDraw
+
+        shown = picture.convert("RGB")
+        mask = Image.fromarray(self.masks[0].astype(np.uint8) * 110).resize(shown.size, Image.Resampling.NEAREST)
+        shown.paste((255, 0, 0), mask=mask)
+        y, x = shown.height / self.size[0], shown.width / self.size[1]
+        for top, left, bottom, right in self._at(*self.size)[0][0]:
+            ImageDraw.Draw(shown).rectangle(
+                (left * x, top * y, right * x - 1, bottom * y - 1), outline=(0, 90, 255), width=max(1, round(x / 4))
+            )
+        return shown
+
+    def _made(self, height: int, width: int) -> Boxes | None:
+        finer = self.size
+        while finer[0] > height:  # a level below a dense one is dense
+            if finer != self.size and self.boxes(*finer) is None:
+                return None
+            finer = (math.ceil(finer[0] / 2), math.ceil(finer[1] / 2))
+        boxes = self._at(height, width)[1]
+        return None if boxes.share > self._dense_above or height <= self._dense_below else boxes
+
+    def _at(self, height: int, width: int) -> tuple[list[list[Box]], Boxes]:
+        size, factor = (height, width), min(1.0, height / self.size[0])
+        margin = math.ceil(self.margin * factor) if factor == 1 else max(1, math.ceil(self.margin * factor))
+        rows = [[scaled(box, self.size, size, margin) for box in row] for row in self._base]
+        return rows, same_size(rows, size)
+
+    def _collision(self) -> tuple[int, tuple[int, int]] | None:
+        """A mask, and two of its boxes that touch at some level; then each would need the other's new values."""
+        height, width = self.size
+        while min(height, width) >= 1:
+            boxes = self._at(height, width)[1]
+            for number, (corners, base) in enumerate(zip(boxes.corners, self._base, strict=True)):
+                placed = [(t, x, t + boxes.height, x + boxes.width) for t, x in corners[: len(base)]]
+                if (pair := touching(placed)) is not None:
+                    return number, pair
+            if boxes.share > self._dense_above or height <= self._dense_below or (height, width) == (1, 1):
+                return None
+            height, width = math.ceil(height / 2), math.ceil(width / 2)
+        return None
+
+
+def read_mask(mask: Any, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Masks as bool, (masks, rows, columns).
+
+    Args:
+        mask: a PIL picture, an array or tensor of (rows, columns), (masks, rows, columns) or (masks, 1, rows, columns),
+            bool, or numbers that mean "edit" in the upper half of their range ([0, 1], or [0, 255] for uint8); or a
+            list of these, one for each picture of a batch.
+        size: rows and columns that the result should have; a cell is true if any pixel of the mask in it is.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for another shape, or an empty mask.
+    """
+    if isinstance(mask, list | tuple):
+        return np.concatenate([read_mask(one, size) for one in mask])
+    if isinstance(mask, Image.Image):
+        mask = np.asarray(mask.getchannel("A") if mask.mode in ("RGBA", "LA") else mask.convert("L"))
+    elif isinstance(mask, Tensor):
+        mask = mask.detach().float().cpu().numpy() if mask.is_floating_point() else mask.cpu().numpy()
+    if not isinstance(mask, np.ndarray):
+        raise TypeError(f"a mask is a PIL picture, an array or a tensor, not a {type(mask).__name__}")
+    if mask.ndim == 4 and mask.shape[1] == 1:
+        mask = mask[:, 0]
+    if mask.ndim not in (2, 3):
+        raise ValueError(f"a mask has the shape (rows, columns) or (masks, rows, columns), not {mask.shape}")
+    mask = mask if mask.ndim == 3 else mask[None]
+    chosen = mask if mask.dtype == bool else mask > (127 if mask.dtype == np.uint8 else 0.5)
+    if size is not None and chosen.shape[1:] != size:
+        pooled = F.adaptive_max_pool2d(torch.from_numpy(chosen[:, None].astype(np.float32)), size)
+        chosen = pooled[:, 0].numpy() > 0
+    return chosen
+
+
+def difference_mask(before: Any, after: Any, *, threshold: float = 0.02) -> np.ndarray:
+    """Where two pictures differ by more than `threshold` of the range in any channel: bool, (rows, columns).
+
+    SIGE's default threshold (2e-2). Pictures are PIL pictures or arrays of (rows, columns, channels), uint8 or [0, 1].
+    """
+    a, b = (_unit(picture) for picture in (before, after))
+    if a.shape != b.shape:
+        raise ValueError(f"the pictures have the shapes {a.shape} and {b.shape}; give two of the same size")
+    return np.any(np.abs(a - b) > threshold, axis=-1)
+
+
+def _unit(picture: Any) -> np.ndarray:
+    array = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
+    array = array[..., None] if array.ndim == 2 else array
+    return array.astype(np.float32) / (255 if array.dtype == np.uint8 else 1)
+
+
+def _rings(mask: np.ndarray, least: int) -> np.ndarray:
+    """Chessboard distance to the mask."""
+    grown = torch.from_numpy(mask[None, None].astype(np.float32))
+    rings = np.where(mask, 0, mask.size)
+    for ring in range(1, max(mask.shape) + least):
+        grown = F.max_pool2d(grown, 3, 1, 1)
+        rings = np.where((rings == mask.size) & (grown[0, 0].numpy() > 0), ring, rings)
+    return rings
