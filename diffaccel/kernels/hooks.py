@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from diffaccel.kernels.boxes import Boxes
-from diffaccel.kernels.cache import BoxLayout, GridLayout
+from diffaccel.kernels.cache import BoxLayout
 from diffaccel.kernels.crop import (
     conv_windows,
     crop,
