@@ -68,6 +68,8 @@ def __getattr__(name: str) -> Any:
         return pruning if name == "pruning" else pruning.prune
     if name in _POLICIES:
         return getattr(importlib.import_module(f"diffaccel.samplers.policy{_POLICIES[name]}"), name)
+    if name in ("SparseEditConfig", "SparseEditPipeline", "apply_sparse_edit"):
+        return getattr(importlib.import_module("diffaccel.kernels"), name)
     if name.startswith("Pruned"):
         from diffaccel.pruning import models
 

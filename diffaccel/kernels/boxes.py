@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 Box = tuple[int, int, int, int]  # top, left, bottom, right; the last two are outside
+_MANY = 24  # boxes, of which all pairs can be looked at
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,10 @@ class Boxes:
 
 def bounding_boxes(mask: np.ndarray, at_most: int) -> list[Box]:
     """Boxes that hold all true pixels of `mask`, at most so many: of its connected parts, the cheapest merged first."""
-    boxes = _parts(mask)
+    boxes, gap = _joined(_runs(mask), 0), 0
+    while len(boxes) > max(at_most, _MANY):  # noise: near parts first, since below all pairs are looked at
+        gap = 2 * gap + 1
+        boxes = _joined(boxes, gap)
     while len(boxes) > at_most:
         boxes = merge(boxes, *_cheapest(boxes))
     # Boxes are brought to a common size: merging two is no loss where that makes less area in all.
@@ -63,23 +67,21 @@ def bounding_boxes(mask: np.ndarray, at_most: int) -> list[Box]:
 
 def merge(boxes: Sequence[Box], i: int, j: int) -> list[Box]:
     """The boxes with the i-th and the j-th replaced by one that holds both."""
-    a, b = boxes[i], boxes[j]
-    both = (min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3]))
-    return [box for k, box in enumerate(boxes) if k not in (i, j)] + [both]
+    return [box for k, box in enumerate(boxes) if k not in (i, j)] + [_both(boxes[i], boxes[j])]
 
 
 def touching(boxes: Sequence[Box]) -> tuple[int, int] | None:
     """Two boxes with no pixel between them, where one would need the other's new values; None if all are apart."""
     for i, a in enumerate(boxes):
         for j, b in enumerate(boxes[:i]):
-            if a[0] <= b[2] and b[0] <= a[2] and a[1] <= b[3] and b[1] <= a[3]:
+            if _near(a, b, 0):
                 return j, i
     return None
 
 
 def scaled(box: Box, old: tuple[int, int], new: tuple[int, int], margin: int) -> Box:
     """The box on a map of another size, rounded outwards and grown by `margin` pixels of that map, within it."""
-    factors = [_factor(a, b) for a, b in zip(old, new, strict=True)] * 2
+    factors = [level_factor(a, b) for a, b in zip(old, new, strict=True)] * 2
     edges = [math.floor(x * f) for x, f in zip(box[:2], factors, strict=False)]
     edges += [math.ceil(x * f) for x, f in zip(box[2:], factors, strict=False)]
     return (
@@ -100,21 +102,41 @@ def same_size(boxes: Sequence[Sequence[Box]], size: tuple[int, int]) -> Boxes:
     return Boxes(size, height, width, corners)
 
 
-def _factor(old: int, new: int) -> float:
-    """Levels of a U-Net are apart by powers of two, also where an odd number was halved and rounded up."""
-    return 2.0 ** round(math.log2(new / old))
+def level_factor(old: int, new: int) -> float:
+    """Power of two between the rows of two levels; an odd number is halved and rounded up."""
+    factor = 1.0
+    while old > new:
+        old, factor = math.ceil(old / 2), factor / 2
+    while old < new:
+        old, factor = 2 * old, 2 * factor
+    return factor
 
 
-def _parts(mask: np.ndarray) -> list[Box]:
-    """Bounding boxes of the true pixels; boxes that touch are one."""
-    boxes: list[Box] = []
+def _runs(mask: np.ndarray) -> Iterator[Box]:
+    """True pixels that follow each other in a row."""
     for y, row in enumerate(mask):
         edges = np.flatnonzero(np.diff(np.concatenate([[0], row.astype(np.int8), [0]])))
         for left, right in edges.reshape(-1, 2).tolist():
-            boxes.append((y, left, y + 1, right))
-            while (pair := touching(boxes)) is not None:
-                boxes = merge(boxes, *pair)
-    return sorted(boxes)
+            yield y, left, y + 1, right
+
+
+def _joined(boxes: Iterable[Box], gap: int) -> list[Box]:
+    """Boxes with at most `gap` pixels between them, also diagonally, become one."""
+    apart: list[Box] = []
+    for box in boxes:
+        while (near := next((other for other in apart if _near(box, other, gap)), None)) is not None:
+            apart.remove(near)
+            box = _both(box, near)
+        apart.append(box)
+    return sorted(apart)
+
+
+def _near(a: Box, b: Box, gap: int) -> bool:
+    return a[0] <= b[2] + gap and b[0] <= a[2] + gap and a[1] <= b[3] + gap and b[1] <= a[3] + gap
+
+
+def _both(a: Box, b: Box) -> Box:
+    return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
 
 
 def _cheapest(boxes: Sequence[Box]) -> tuple[int, int]:

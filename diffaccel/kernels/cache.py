@@ -62,6 +62,7 @@ class FeatureCache:
     def __init__(self, dtype: torch.dtype | None = None, device: str | None = None, limit: int | None = None):
         self._dtype, self._device, self.limit = dtype, device, limit
         self._slots: dict[Key, Slot] = {}
+        self._offered: dict[Key, Slot] = {}
 
     def __contains__(self, key: Key) -> bool:
         return key in self._slots
@@ -74,28 +75,34 @@ class FeatureCache:
         self._slots[key] = Slot(self)
         return self._slots[key]
 
-    def keep_only(self, key: Key) -> None:
-        """Drop all slots but one."""
-        self._slots = {key: self._slots[key]}
+    def offer(self, key: Key) -> Slot:
+        """An empty slot that takes the place of the one there is when it is accepted."""
+        self._offered[key] = Slot(self)
+        return self._offered[key]
 
     def clear(self) -> None:
         """Drop all slots."""
         self._slots.clear()
+        self._offered.clear()
 
     def accept(self) -> None:
         """Make what the last edit computed the reference, in place."""
         for slot in self._slots.values():
             slot.accept()
+        self._slots.update(self._offered)
+        self._offered.clear()
 
     def reject(self) -> None:
         """Forget what the last edit computed."""
         for slot in self._slots.values():
             slot.pending.clear()
+        self._offered.clear()
 
     def bytes(self) -> int:
         """Taken by all slots; tensors that are kept under two names count once, pending ones too."""
-        tensors = [tensor for slot in self._slots.values() for tensor in slot.values()]
-        tensors += [value for slot in self._slots.values() for value, _ in slot.pending.values()]
+        slots = [*self._slots.values(), *self._offered.values()]
+        tensors = [tensor for slot in slots for tensor in slot.values()]
+        tensors += [value for slot in slots for value, _ in slot.pending.values()]
         return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
     def check(self, calls: int) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
 from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ from diffaccel.kernels.config import SparseEditConfig
 from diffaccel.kernels.crop import crop
 from diffaccel.kernels.region import Region, read_mask
 from diffaccel.kernels.sites import sites
+from diffaccel.kernels.tokens import TokenRegion, TokenSequence
 
 NAME = "diffaccel_sparse_edit"
 Mode = Literal["off", "record", "sparse"]
@@ -33,9 +36,11 @@ class Engine:
         input_size: rows and columns of the network's input, as recorded; (0, 0) before.
         maps: whether feature maps are kept; without, regions are on their own, with statistics of the reference.
         joint: whether attention takes prompt and picture together.
+        sequence: of tokens, in transformers; None in networks of maps.
     """
 
     joint = False
+    sequence: TokenSequence | None = None
 
     def __init__(self, config: SparseEditConfig, *, maps: bool = True):
         self.config, self.maps = config, maps
@@ -46,7 +51,7 @@ class Engine:
         self.driver: Driver | None = None
         self.input_size = (0, 0)
         self._grids: dict[int, tuple[int, int]] = {}
-        self._layouts: dict[int, GridLayout | None] = {}
+        self._layouts: dict[int, Any] = {}
 
     @contextmanager
     def running(self, mode: Mode, slot: Slot | None = None, region: Region | None = None) -> Iterator[None]:
@@ -77,7 +82,10 @@ class Engine:
 
     def layout(self, tokens: int) -> Any:
         """Where the region's keys belong among so many; None if that level runs dense."""
-        if tokens not in self._layouts:
+        if tokens not in self._layouts and self.sequence is not None:
+            assert isinstance(self.region, TokenRegion)
+            self._layouts[tokens] = self.sequence.layout(self.region)
+        elif tokens not in self._layouts:
             boxes = self.boxes(self.grid(tokens))
             self._layouts[tokens] = None if boxes is None else GridLayout(boxes)
         return self._layouts[tokens]
@@ -97,15 +105,17 @@ class NetworkHook(ModelHook):
         return self._run(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        if self.engine.mode == "sparse":
+        if self.engine.mode == "sparse" and self.engine.sequence is not None:
+            kwargs = self.engine.sequence.inputs(self.engine.layout(self.engine.sequence.count), kwargs)
+        elif self.engine.mode == "sparse":
             kwargs = {name: self._cropped(value) if name in _RESIDUALS else value for name, value in kwargs.items()}
-        return self.fn_ref.original_forward(*args, **kwargs)
+        return self.fn_ref.original_forward(*args, **kwargs)  # type: ignore[reportOptionalCall]
 
     def _cropped(self, value: Any) -> Any:
         """ControlNet's and T2I-Adapter's maps, cut to the region."""
         if isinstance(value, list | tuple):
             return type(value)(self._cropped(one) for one in value)
-        size = tuple(value.shape[-2:]) if isinstance(value, Tensor) else (0, 0)
+        size = (value.shape[-2], value.shape[-1]) if isinstance(value, Tensor) and value.ndim == 4 else (0, 0)
         if size not in self.engine._grids.values():
             return value
         boxes = self.engine.boxes(size)
@@ -132,7 +142,7 @@ class Handle:
     """
 
     def __init__(self, network: nn.Module, engine: Engine, hooked: list[nn.Module]):
-        self._network, self.engine, self._hooked = network, engine, hooked
+        self.network, self.engine, self._hooked = network, engine, hooked
 
     @contextmanager
     def record(self, key: Key = 0) -> Iterator[None]:
@@ -163,16 +173,27 @@ class Handle:
             with self.engine.running("sparse", self.engine.cache[key], region):
                 yield region
 
-    def region(self, mask: Any) -> Region:
-        """The region of a mask on this network, by its configuration."""
-        config = self.engine.config
-        return Region(
+    def region(self, mask: Any, margin: int | None = None) -> Region:
+        """The region of a mask on this network, by its configuration; with another margin if one is given."""
+        config, sequence = self.engine.config, self.engine.sequence
+        make = Region if sequence is None else sequence.region
+        return make(
             read_mask(mask, self.input_size),
-            margin=config.margin,
+            margin=config.margin if margin is None else margin,
             max_boxes=config.max_boxes,
             dense_above=config.dense_above,
             dense_below=config.dense_below,
         )
+
+    def inside(self, mask: Any, output: Tensor) -> Tensor:
+        """The mask at the resolution of the network's output, bool, for every row of the batch."""
+        size = self.input_size if output.ndim == 3 else (output.shape[-2], output.shape[-1])
+        inside = torch.from_numpy(read_mask(mask, size)).to(output.device)
+        inside = inside.repeat(len(output) // len(inside), 1, 1)
+        if output.ndim == 4:
+            return inside[:, None]
+        inside = inside.flatten(1)  # tokens beyond the grid are not of the picture (Kontext)
+        return F.pad(inside, (0, output.shape[1] - inside.shape[1]))[..., None]
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -213,9 +234,11 @@ def apply_sparse_edit(network: nn.Module, config: SparseEditConfig | None = None
     The network takes and returns whole maps as before; inside, from its first convolution to its last, Diffusers' own
     modules work on the region alone. Convolutions find what surrounds it in the recorded maps, group norms have the
     recorded statistics, and self-attention sees all recorded keys and values, with those of the region replaced.
+    Transformers run on the region's tokens alone.
 
     Args:
-        network: `UNet2DConditionModel`, `UNet2DModel`, `ControlNetModel`, or the decoder of an `AutoencoderKL`.
+        network: `UNet2DConditionModel`, `UNet2DModel`, `ControlNetModel`, the decoder of an `AutoencoderKL`, or
+            `DiTTransformer2DModel`, `PixArtTransformer2DModel`, `SD3Transformer2DModel`, `FluxTransformer2DModel`.
         config: `SparseEditConfig`.
         maps: keep the feature maps. Without, a region is surrounded by its own edge; for decoders, whose maps are
             large, with a wide margin.

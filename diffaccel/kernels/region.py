@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from diffaccel.kernels.boxes import Box, Boxes, bounding_boxes, merge, same_size, scaled, touching
+from diffaccel.kernels.boxes import Box, Boxes, bounding_boxes, level_factor, merge, same_size, scaled, touching
 
 
 class Region:
@@ -84,10 +84,10 @@ class Region:
         mask = Image.fromarray(self.masks[0].astype(np.uint8) * 110).resize(shown.size, Image.Resampling.NEAREST)
         shown.paste((255, 0, 0), mask=mask)
         y, x = shown.height / self.size[0], shown.width / self.size[1]
-        for top, left, bottom, right in self._at(*self.size)[0][0]:
-            ImageDraw.Draw(shown).rectangle(
-                (left * x, top * y, right * x - 1, bottom * y - 1), outline=(0, 90, 255), width=max(1, round(x / 4))
-            )
+        boxes = self._at(*self.size)[1]
+        for top, left in boxes.corners[0]:
+            frame = (left * x, top * y, (left + boxes.width) * x - 1, (top + boxes.height) * y - 1)
+            ImageDraw.Draw(shown).rectangle(frame, outline=(0, 90, 255), width=max(1, round(x / 4)))
         return shown
 
     def _made(self, height: int, width: int) -> Boxes | None:
@@ -100,7 +100,7 @@ class Region:
         return None if boxes.share > self._dense_above or height <= self._dense_below else boxes
 
     def _at(self, height: int, width: int) -> tuple[list[list[Box]], Boxes]:
-        size, factor = (height, width), min(1.0, height / self.size[0])
+        size, factor = (height, width), min(1.0, level_factor(self.size[0], height))
         margin = math.ceil(self.margin * factor) if factor == 1 else max(1, math.ceil(self.margin * factor))
         rows = [[scaled(box, self.size, size, margin) for box in row] for row in self._base]
         return rows, same_size(rows, size)
@@ -126,31 +126,63 @@ def read_mask(mask: Any, size: tuple[int, int] | None = None) -> np.ndarray:
     Args:
         mask: a PIL picture, an array or tensor of (rows, columns), (masks, rows, columns) or (masks, 1, rows, columns),
             bool, or numbers that mean "edit" in the upper half of their range ([0, 1], or [0, 255] for uint8); or a
-            list of these, one for each picture of a batch.
+            list of these, one for each picture of a batch. Of a PIL picture that is transparent in parts, what is not
+            transparent is the mask.
         size: rows and columns that the result should have; a cell is true if any pixel of the mask in it is.
 
     Raises:
         TypeError: for anything else.
-        ValueError: for another shape, or an empty mask.
+        ValueError: for another shape, or numbers of another range.
     """
     if isinstance(mask, list | tuple):
-        return np.concatenate([read_mask(one, size) for one in mask])
+        if not mask:
+            raise ValueError("a list without masks is no mask; give one for each picture")
+        masks = [read_mask(one, size) for one in mask]
+        if len({one.shape[1:] for one in masks}) != 1:
+            raise ValueError(f"masks of a list have one size, these have {[one.shape[1:] for one in masks]}")
+        return np.concatenate(masks)
     if isinstance(mask, Image.Image):
-        mask = np.asarray(mask.getchannel("A") if mask.mode in ("RGBA", "LA") else mask.convert("L"))
+        mask = _painted(mask)
     elif isinstance(mask, Tensor):
         mask = mask.detach().float().cpu().numpy() if mask.is_floating_point() else mask.cpu().numpy()
     if not isinstance(mask, np.ndarray):
         raise TypeError(f"a mask is a PIL picture, an array or a tensor, not a {type(mask).__name__}")
     if mask.ndim == 4 and mask.shape[1] == 1:
         mask = mask[:, 0]
-    if mask.ndim not in (2, 3):
+    colours = mask.ndim == 3 and mask.shape[2] in (1, 3, 4) and mask.shape[2] < min(mask.shape[:2])
+    if mask.ndim not in (2, 3) or colours or mask.size == 0:
         raise ValueError(f"a mask has the shape (rows, columns) or (masks, rows, columns), not {mask.shape}")
-    mask = mask if mask.ndim == 3 else mask[None]
-    chosen = mask if mask.dtype == bool else mask > (127 if mask.dtype == np.uint8 else 0.5)
+    chosen = _chosen(mask if mask.ndim == 3 else mask[None])
     if size is not None and chosen.shape[1:] != size:
         pooled = F.adaptive_max_pool2d(torch.from_numpy(chosen[:, None].astype(np.float32)), size)
         chosen = pooled[:, 0].numpy() > 0
     return chosen
+
+
+def _painted(picture: Image.Image) -> np.ndarray:
+    """What is not transparent, or, of a picture without transparency, how bright it is."""
+    if picture.mode in ("RGBA", "LA"):
+        alpha = np.asarray(picture.getchannel("A"))
+        if alpha.min() < 255:
+            return alpha
+    return np.asarray(picture if picture.mode in ("F", "I") else picture.convert("L"))
+
+
+def _chosen(mask: np.ndarray) -> np.ndarray:
+    """The upper half of the numbers' range."""
+    if mask.dtype == bool:
+        return mask
+    highest = mask.max()
+    if mask.dtype == np.uint8:
+        if highest == 1:
+            raise ValueError("a mask of uint8 has numbers up to 255, and this one none above 1; write mask > 0")
+        return mask > 127
+    if highest > 1 or mask.min() < 0:
+        raise ValueError(
+            f"a mask of {mask.dtype} has numbers in [0, 1], and this one in [{mask.min():g}, {highest:g}]; write "
+            "mask > threshold"
+        )
+    return mask > 0.5
 
 
 def difference_mask(before: Any, after: Any, *, threshold: float = 0.02) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which modules of a network the crop executor hooks, and which networks it can serve."""
+"""Which modules of a network the executors hook, and which networks they can serve."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from diffaccel.kernels.hooks import AttentionHook, Kind, NormHook, SiteHook, UpsampleHook, WindowHook
+from diffaccel.kernels.tokens import TOKEN_PATHS, token_sites
 
 # First and last module on the map, and what is beside the path from one to the other.
 PATHS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
@@ -31,7 +32,12 @@ def sites(engine: Any, network: nn.Module) -> Iterator[tuple[nn.Module, SiteHook
     Raises:
         ValueError: if one of them works in a way that a region cannot.
     """
-    entry, leave, beside = PATHS[kind_of(network)]
+    kind = kind_of(network)
+    return token_sites(engine, network, kind) if kind in TOKEN_PATHS else _map_sites(engine, network, kind)
+
+
+def _map_sites(engine: Any, network: nn.Module, cls: str) -> Iterator[tuple[nn.Module, SiteHook]]:
+    entry, leave, beside = PATHS[cls]
     for name, module in network.named_modules():
         if name.startswith(beside):
             continue
@@ -63,9 +69,9 @@ def kind_of(network: nn.Module) -> str:
         TypeError: if sparse edits do not know it.
     """
     for cls in type(network).__mro__:
-        if cls.__name__ in PATHS and cls.__module__.startswith("diffusers"):
+        if cls.__name__ in (*PATHS, *TOKEN_PATHS) and cls.__module__.startswith("diffusers"):
             return cls.__name__
-    raise TypeError(f"sparse edits know {', '.join(PATHS)}; not {type(network).__name__}")
+    raise TypeError(f"sparse edits know {', '.join((*PATHS, *TOKEN_PATHS))}; not {type(network).__name__}")
 
 
 def _refused(name: str, module: Any) -> str | None:
