@@ -1,6 +1,8 @@
 """`emoji-scene-256`: a text-to-image pipeline with 64x64 latents, for edits of a part of a picture.
 
-Captions list two to five things: "cat, heart and pizza". `python benchmarks/scenes.py PICTURE.png` draws some.
+    python benchmarks/scenes.py PICTURE.png    # draws the captions below
+
+Captions list two to seven of the 50 things in `examples/train_zoo/scene.py`: "cat, heart and pizza".
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ FOLDER = Path(__file__).parent / "weights" / "emoji-scene-256"
 CAPTIONS = (
     "cat, heart and pizza",
     "dog, apple and fish",
-    "rainbow, sunflower and snail",
-    "rocket, moon and star",
-    "bus, taxi, police car and bicycle",
+    "rainbow, sunflower and frog",
+    "rocket, crescent moon and star",
+    "bus, taxi, truck and bicycle",
     "frog, tulip, cherries and bee",
     "whale and boat",
-    "bear, cake, green heart and banana",
+    "bear, cake, green heart, banana and soccer",
 )
 
 
@@ -39,10 +41,10 @@ def load(folder: Path = FOLDER, dtype: torch.dtype = torch.float32) -> StableDif
     """
     with zoo.quiet_loading():
         parts: dict[str, Any] = {
-            "unet": UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype),
+            "unet": UNet2DConditionModel.from_pretrained(folder / "unet", dtype=dtype),
             "text_encoder": CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype),
         }
-        return StableDiffusionPipeline.from_pretrained(zoo.path("emoji-sd"), **parts, torch_dtype=dtype)
+        return StableDiffusionPipeline.from_pretrained(zoo.path("emoji-sd"), **parts, dtype=dtype)
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from diffaccel import __version__
     from diffaccel.eval.command_line import add_eval
+    from diffaccel.kernels.command_line import add_edit_demo
     from diffaccel.pruning.command_line import add_prune
 
     parser = argparse.ArgumentParser(prog="diffaccel", description="Fast Diffusers pipelines, measured.")
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_eval(commands)
     add_prune(commands)
+    add_edit_demo(commands)
 
     names = commands.add_parser("list", help="names of solvers, schedules and their aliases")
     names.set_defaults(run=_list)

@@ -20,21 +20,28 @@ class Slot(dict[str, Tensor]):
         super().__init__()
         self._cache = cache
         self.pending: dict[str, tuple[Tensor, Any]] = {}
+        self.shape: tuple[int, ...] = ()  # of the network's input
         self._last: tuple[Tensor, Tensor] | None = None
 
-    def put(self, name: str, value: Tensor) -> None:
-        """Keep a tensor, moved and cast as the cache asks; the same one twice is kept once."""
+    def put(self, name: str, value: Tensor, exact: bool = False) -> None:
+        """Keep a tensor, moved and, unless `exact`, cast as the cache asks; the same one twice is kept once."""
+        if exact:
+            self[name] = self._cache.kept(value, exact)
+            return
         if self._last is None or self._last[0] is not value:
             self._last = value, self._cache.kept(value)
         self[name] = self._last[1]
 
-    def offer(self, name: str, value: Tensor, layout: Any) -> None:
-        """Keep the new region of a feature until it is accepted; `layout.write(full, region)` puts it in its place."""
-        self.pending[name] = self._cache.kept(value), layout
+    def offer(self, name: str, value: Tensor, layout: Any = None, exact: bool = False) -> None:
+        """Keep a feature until it is accepted.
 
-    def offer_whole(self, name: str, value: Tensor) -> None:
-        """Keep a new value, of the whole, until it is accepted."""
-        self.pending[name] = value.detach(), None
+        Args:
+            name: of the feature.
+            value: its new region, which `layout.write(full, region)` puts in its place; without a layout, all of it.
+            layout: of the region.
+            exact: not cast.
+        """
+        self.pending[name] = self._cache.kept(value, exact), layout
 
     def accept(self) -> None:
         """Make the edit's features those of the reference."""
@@ -85,6 +92,7 @@ class FeatureCache:
         self._slots.clear()
         self._offered.clear()
 
+    @torch.inference_mode()  # in place also where the features were made in this mode
     def accept(self) -> None:
         """Make what the last edit computed the reference, in place."""
         for slot in self._slots.values():
@@ -92,18 +100,19 @@ class FeatureCache:
         self._slots.update(self._offered)
         self._offered.clear()
 
-    def reject(self) -> None:
-        """Forget what the last edit computed."""
-        for slot in self._slots.values():
-            slot.pending.clear()
-        self._offered.clear()
+    def reject(self, *keys: Key) -> None:
+        """Forget what the last edit computed; of these network calls, or of all."""
+        for key in keys or (*self._slots, *self._offered):
+            self._offered.pop(key, None)
+            if key in self._slots:
+                self._slots[key].pending.clear()
 
     def bytes(self) -> int:
         """Taken by all slots; tensors that are kept under two names count once, pending ones too."""
         slots = [*self._slots.values(), *self._offered.values()]
         tensors = [tensor for slot in slots for tensor in slot.values()]
         tensors += [value for slot in slots for value, _ in slot.pending.values()]
-        return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+        return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
     def check(self, calls: int) -> None:
         """Raise unless `calls` slots like those that there are fit.
@@ -119,10 +128,11 @@ class FeatureCache:
                 "which keeps those of one call"
             )
 
-    def kept(self, value: Tensor) -> Tensor:
-        """The tensor as it waits."""
-        dtype = self._dtype if value.is_floating_point() else None
-        return value.detach().to(device=self._device, dtype=dtype)
+    def kept(self, value: Tensor, exact: bool = False) -> Tensor:
+        """The tensor as it waits; an exact one is a copy, since callers have it too."""
+        dtype = self._dtype if value.is_floating_point() and not exact else None
+        part = value.untyped_storage().nbytes() > value.numel() * value.element_size()  # would hold all of it
+        return value.detach().to(device=self._device, dtype=dtype, copy=exact or part)
 
 
 class BoxLayout:

@@ -21,8 +21,10 @@ class SparseEditConfig:
             are compared with, at no gain.
         tolerance: of "bounded": relative RMSE of the network's output in the mask, against the dense network.
         norm: statistics of group norms. "cached": of the reference. "incremental": the reference's sums, less those of
-            the old region, plus those of the new one, which is exact where the region covers all that changed; needs
-            about twice the memory.
+            the old region, plus those of the new one, which is exact where the region covers all that changed.
+            "corrected": what surrounds the region is taken to change as the region does, for features of another step
+            (after DistriFusion's corrected group norm, 2402.19481). "auto": "corrected" with reference="self", else
+            "cached". All but "cached" need about twice the memory.
         reference: where features outside of the region come from. "record": every step of the reference run is kept,
             so that all steps of all later edits are sparse. "self": the edit itself runs dense every `refresh` steps;
             one step's features are kept, and a first edit on a foreign picture is fast too.
@@ -41,9 +43,9 @@ class SparseEditConfig:
     margin: int = 4
     exactness: Literal["fast", "bounded", "strict"] = "fast"
     tolerance: float = 0.05
-    norm: Literal["cached", "incremental"] = "cached"
+    norm: Literal["auto", "cached", "incremental", "corrected"] = "auto"
     reference: Literal["record", "self"] = "record"
-    refresh: int = 5
+    refresh: int = 3
     text: Literal["fresh", "frozen"] = "fresh"
     max_boxes: int = 4
     dense_above: float = 0.5
@@ -53,15 +55,18 @@ class SparseEditConfig:
     memory_limit: int | None = None
     vae: bool = True
 
+    @property
+    def statistics(self) -> Literal["cached", "incremental", "corrected"]:
+        """`norm`, with "auto" decided."""
+        return self.norm if self.norm != "auto" else "corrected" if self.reference == "self" else "cached"
+
     def __post_init__(self) -> None:
         _one_of("exactness", self.exactness, ("fast", "bounded", "strict"))
-        _one_of("norm", self.norm, ("cached", "incremental"))
+        _one_of("norm", self.norm, ("auto", "cached", "incremental", "corrected"))
         _one_of("reference", self.reference, ("record", "self"))
         _one_of("text", self.text, ("fresh", "frozen"))
-        for name in ("margin", "dense_below"):
-            _whole(name, getattr(self, name), 0)
-        for name in ("refresh", "max_boxes"):
-            _whole(name, getattr(self, name), 1)
+        for name, least in (("margin", 0), ("dense_below", 0), ("refresh", 1), ("max_boxes", 1)):
+            _whole(name, getattr(self, name), least)
         if not 0 < self.dense_above <= 1:
             raise ValueError(f"dense_above={self.dense_above!r} is no share of the picture; give a number in (0, 1]")
         if self.tolerance <= 0:

@@ -8,8 +8,6 @@ only what is read is copied (also from a cache on another device or of another t
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -126,9 +124,3 @@ def split(strip: Tensor, boxes: Boxes) -> Tensor:
     if boxes.count == 1:
         return strip
     return strip.unflatten(3, (boxes.count, boxes.width)).permute(0, 3, 1, 2, 4).flatten(0, 1)
-
-
-def twice(boxes: Boxes, size: Pair) -> Boxes:
-    """The same boxes on a map with twice the rows and columns, `size`."""
-    corners = tuple(tuple((2 * y, 2 * x) for y, x in row) for row in boxes.corners)
-    return replace(boxes, map=size, height=2 * boxes.height, width=2 * boxes.width, corners=corners)

@@ -26,8 +26,11 @@ class DecoderEdit:
     for bit.
     """
 
-    def __init__(self, decoder: Any):
-        self.handle: Handle = apply_sparse_edit(decoder, SparseEditConfig(margin=MARGIN, dense_above=0.6), maps=False)
+    def __init__(self, vae: Any):
+        self._vae = vae
+        self.handle: Handle = apply_sparse_edit(
+            vae.decoder, SparseEditConfig(margin=MARGIN, dense_above=0.6), maps=False
+        )
         self.handle.engine.driver = self._call
         self._phase, self._number = "off", 0
         self._mask: np.ndarray | None = None
@@ -37,8 +40,8 @@ class DecoderEdit:
     @classmethod
     def on(cls, pipe: Any) -> DecoderEdit | None:
         """On the pipeline's VAE; None if it has none of a known kind."""
-        decoder = getattr(getattr(pipe, "vae", None), "decoder", None)
-        return cls(decoder) if type(decoder).__name__ == "Decoder" else None
+        vae = getattr(pipe, "vae", None)
+        return cls(vae) if type(getattr(vae, "decoder", None)).__name__ == "Decoder" else None
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -49,9 +52,9 @@ class DecoderEdit:
 
     @contextmanager
     def editing(self, mask: np.ndarray, dense: bool = False) -> Iterator[None]:
-        """Decode only the region around `mask` in the block."""
+        """Decode only the region around `mask` in the block; all, if `dense`."""
         self._mask, self.seconds = mask, 0.0
-        with self._during("off" if dense else "edit"):
+        with self._during("dense" if dense else "edit"):
             yield
 
     @contextmanager
@@ -63,19 +66,21 @@ class DecoderEdit:
             self._phase = "off"
 
     def _call(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        engine, key = self.handle.engine, self._number
+        key = self._number
         self._number += 1
         drain()
         start = time.perf_counter()
+        if self._phase == "off":
+            return forward(*args, **kwargs)
         if self._phase == "record":
             self._batches[key] = args[0].shape
-            with engine.running("record", engine.cache.new(key)):
-                result = forward(*args, **kwargs)
-        elif self._phase == "edit" and self._batches.get(key) == args[0].shape:
-            result = self._edited(key, forward, args, kwargs)
+        if getattr(self._vae, "use_tiling", False):  # each call may be a tile, where the mask is another
+            self._batches = {}
+        if key not in self._batches or self._batches[key] != args[0].shape:
+            self._batches = {}  # the picture is not this decoder's any more; the edits after this one run dense
+            result = forward(*args, **kwargs)
         else:
-            with engine.running("off"):
-                result = forward(*args, **kwargs)
+            result = self._kept(key, forward, args, kwargs)
         drain()
         if self._phase == "record":
             self.recorded_seconds += time.perf_counter() - start
@@ -83,12 +88,15 @@ class DecoderEdit:
             self.seconds += time.perf_counter() - start
         return result
 
-    def _edited(self, key: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _kept(self, key: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         engine = self.handle.engine
+        if self._phase == "record":
+            with engine.running("record", engine.cache.new(key)):
+                return forward(*args, **kwargs)
         assert self._mask is not None
         sliced = len(self._batches) > 1 and len(self._mask) > 1  # `enable_slicing`: a call for each picture
         region = self.handle.region(self._mask[key : key + 1] if sliced else self._mask)
-        if not region.dense:
+        if self._phase == "edit" and not region.dense:
             with engine.running("sparse", engine.cache[key], region):
                 return forward(*args, **kwargs)
         with engine.running("record", engine.cache.offer(key)):

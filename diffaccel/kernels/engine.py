@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,15 +13,14 @@ from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
 from diffaccel.hooking import hook_on, register, unregister
+from diffaccel.kernels.attached import NAME, Attached
 from diffaccel.kernels.boxes import Boxes
 from diffaccel.kernels.cache import FeatureCache, GridLayout, Key, Slot
 from diffaccel.kernels.config import SparseEditConfig
 from diffaccel.kernels.crop import crop
 from diffaccel.kernels.region import Region, read_mask
-from diffaccel.kernels.sites import sites
 from diffaccel.kernels.tokens import TokenRegion, TokenSequence
 
-NAME = "diffaccel_sparse_edit"
 Mode = Literal["off", "record", "sparse"]
 # Decides what happens with a call of the network: gets its forward, and its arguments.
 Driver = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -49,7 +49,8 @@ class Engine:
         self.slot: Slot = Slot(self.cache)
         self.region: Region | None = None
         self.driver: Driver | None = None
-        self.input_size = (0, 0)
+        self.input_size: tuple[int, int] = (0, 0)
+        self.turns: dict[str, int] = {}  # how often a module was called in this network call
         self._grids: dict[int, tuple[int, int]] = {}
         self._layouts: dict[int, Any] = {}
 
@@ -74,6 +75,11 @@ class Engine:
         """Learn the size of a level."""
         self._grids[size[0] * size[1]] = size
 
+    @property
+    def coarsest(self) -> int:
+        """Rows of the smallest level."""
+        return min((rows for rows, _ in self._grids.values()), default=1)
+
     def grid(self, tokens: int) -> tuple[int, int]:
         """Rows and columns of the level with so many pixels."""
         if tokens not in self._grids:
@@ -94,39 +100,57 @@ class Engine:
 class NetworkHook(ModelHook):
     """On the network itself: crops what comes from outside, and lets a driver decide about each call."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, attached: Attached):
         super().__init__()
-        self.engine = engine
+        self.engine, self.attached = engine, attached
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run as the engine's mode says, or as the driver decides."""
+        run = partial(self._run, module)
         if self.engine.driver is not None and self.engine.mode == "off":
-            return self.engine.driver(self._run, args, kwargs)
-        return self._run(*args, **kwargs)
+            return self.engine.driver(run, args, kwargs)
+        return run(*args, **kwargs)
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
-        if self.engine.mode == "sparse" and self.engine.sequence is not None:
-            kwargs = self.engine.sequence.inputs(self.engine.layout(self.engine.sequence.count), kwargs)
-        elif self.engine.mode == "sparse":
-            kwargs = {name: self._cropped(value) if name in _RESIDUALS else value for name, value in kwargs.items()}
+    def _run(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        engine = self.engine
+        if engine.mode != "off":
+            self._check(module, kwargs)
+            engine.turns.clear()
+        if engine.mode == "sparse" and engine.sequence is not None:
+            kwargs = engine.sequence.inputs(engine.layout(engine.sequence.count), kwargs)
+        elif engine.mode == "sparse":
+            kwargs = self._cropped(kwargs)
         return self.fn_ref.original_forward(*args, **kwargs)  # type: ignore[reportOptionalCall]
 
-    def _cropped(self, value: Any) -> Any:
-        """ControlNet's and T2I-Adapter's maps, cut to the region."""
+    def _check(self, module: Any, kwargs: dict[str, Any]) -> None:
+        if not self.attached.complete():
+            if self.engine.mode == "sparse":
+                raise RuntimeError(
+                    "layers of the network were replaced since its call was recorded, as loading and unloading LoRA "
+                    "does; record the call again"
+                )
+            self.attached.renew()
+        if any(getattr(block, "s1", None) is not None for block in getattr(module, "up_blocks", ())):
+            raise ValueError("FreeU filters whole maps, which a region is not; write pipe.disable_freeu()")
+        if "ip_adapter_masks" in (kwargs.get("cross_attention_kwargs") or {}):
+            raise ValueError("sparse edits know no ip_adapter_masks; leave them out")
+
+    def _cropped(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The network's arguments, with ControlNet's and T2I-Adapter's maps cut to the region."""
+        known = kwargs.get("down_block_additional_residuals")
+        strips = known is not None and tuple(known[0].shape[-2:]) != self.engine.input_size  # of a sparse ControlNet
+        names = _ADAPTER if strips else (*_CONTROLNET, *_ADAPTER)
+        return {name: self._cut(value) if name in names else value for name, value in kwargs.items()}
+
+    def _cut(self, value: Any) -> Any:
         if isinstance(value, list | tuple):
-            return type(value)(self._cropped(one) for one in value)
-        size = (value.shape[-2], value.shape[-1]) if isinstance(value, Tensor) and value.ndim == 4 else (0, 0)
-        if size not in self.engine._grids.values():
-            return value
-        boxes = self.engine.boxes(size)
+            return type(value)(self._cut(one) for one in value)
+        boxes = self.engine.boxes((value.shape[-2], value.shape[-1])) if isinstance(value, Tensor) else None
         return value if boxes is None else crop(value, boxes)
 
 
-_RESIDUALS = (
-    "down_block_additional_residuals",
-    "mid_block_additional_residual",
-    "down_intrablock_additional_residuals",
-)
+_CONTROLNET = ("down_block_additional_residuals", "mid_block_additional_residual")
+_ADAPTER = ("down_intrablock_additional_residuals",)
 
 
 class Handle:
@@ -141,8 +165,8 @@ class Handle:
     Where the recomputed boxes are not, `edited` is `reference`.
     """
 
-    def __init__(self, network: nn.Module, engine: Engine, hooked: list[nn.Module]):
-        self.network, self.engine, self._hooked = network, engine, hooked
+    def __init__(self, network: nn.Module, engine: Engine, attached: Attached):
+        self.network, self.engine, self._attached = network, engine, attached
 
     @contextmanager
     def record(self, key: Key = 0) -> Iterator[None]:
@@ -165,12 +189,13 @@ class Handle:
         """
         if key not in self.engine.cache:
             raise RuntimeError(f"nothing is recorded under {key!r}; write `with handle.record({key!r}):` first")
-        region = self.region(mask)
+        region, cache = self.region(mask), self.engine.cache
+        cache.reject(key)
         if region.dense or self.engine.config.exactness == "strict":
-            with self.engine.running("off"):
+            with self.engine.running("record", cache.offer(key)):
                 yield region
         else:
-            with self.engine.running("sparse", self.engine.cache[key], region):
+            with self.engine.running("sparse", cache[key], region):
                 yield region
 
     def region(self, mask: Any, margin: int | None = None) -> Region:
@@ -183,6 +208,7 @@ class Handle:
             max_boxes=config.max_boxes,
             dense_above=config.dense_above,
             dense_below=config.dense_below,
+            coarsest=self.engine.coarsest,
         )
 
     def inside(self, mask: Any, output: Tensor) -> Tensor:
@@ -216,9 +242,9 @@ class Handle:
 
     def remove(self) -> None:
         """Take all hooks off; the network is what it was. A second time does nothing."""
-        for module in self._hooked:
-            unregister(module, NAME)
-        self._hooked.clear()
+        if hook_on(self.network, NAME) is not None:
+            unregister(self.network, NAME)
+        self._attached.remove()
         self.engine.cache.clear()
 
     def __enter__(self) -> Handle:
@@ -252,7 +278,6 @@ def apply_sparse_edit(network: nn.Module, config: SparseEditConfig | None = None
     if hasattr(network, "_orig_mod") or network._compiled_call_impl is not None:
         raise ValueError("compiled networks call no hooks; apply sparse edits to the plain network")
     engine = Engine(config or SparseEditConfig(), maps=maps)
-    found = [*sites(engine, network), (network, NetworkHook(engine))]
-    for module, hook in found:
-        register(module, hook, NAME)
-    return Handle(network, engine, [module for module, _ in found])
+    attached = Attached(engine, network)
+    register(network, NetworkHook(engine, attached), NAME)
+    return Handle(network, engine, attached)

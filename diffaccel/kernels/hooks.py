@@ -7,10 +7,9 @@ Each knows three modes of its engine: "off", "record" (the module runs as it is,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from diffusers.hooks import ModelHook
 from torch import Tensor, nn
@@ -27,7 +26,6 @@ from diffaccel.kernels.crop import (
     half_windows,
     overlay,
     place,
-    split,
     strip_of,
 )
 
@@ -51,13 +49,24 @@ class SiteHook(ModelHook):
         """The module as it is."""
         return self.fn_ref.original_forward(*args, **kwargs)  # type: ignore[reportOptionalCall]
 
-    def halo(self, strip: Tensor, boxes: Boxes, windows: Boxes) -> Tensor:
+    def turn(self) -> str:
+        """The module's name; numbered where one call of the network calls it again (ResNets that resample)."""
+        turns = self.engine.turns
+        turns[self.name] = turns.get(self.name, 0) + 1
+        return self.name if turns[self.name] == 1 else f"{self.name}.{turns[self.name]}"
+
+    def halo(self, name: str, strip: Tensor, boxes: Boxes, windows: Boxes) -> Tensor:
         """Windows on this module's input map: the strip, and around it the reference, or the strip's own edge."""
         engine = self.engine
         if not engine.maps:
             return extended(strip, boxes, windows)
-        engine.slot.offer(self.name, strip, BoxLayout(boxes))
-        return overlay(cut(engine.slot[self.name], windows, like=strip), strip, boxes, windows)
+        engine.slot.offer(name, strip, BoxLayout(boxes))
+        return overlay(cut(engine.slot[name], windows, like=strip), strip, boxes, windows)
+
+    def offer_whole(self, name: str, full: Tensor) -> None:
+        """The map at a level that runs dense, for when the edit is accepted."""
+        if name in self.engine.slot:
+            self.engine.slot.offer(name, full)
 
 
 class WindowHook(SiteHook):
@@ -80,41 +89,69 @@ class WindowHook(SiteHook):
         """As `SiteHook` says."""
         if self.engine.mode == "off":
             return self.original(x)
+        name = self.turn()
         if self.engine.mode == "record":
-            return self._record(x)
+            return self._record(name, module, x)
+        if self.kind == "entry":
+            self._check(x)
         before, after = self.engine.boxes(self.size), self.engine.boxes(self.out)
         if self.kind == "upsampled":
             return self.original(x) if after is None else strip_of(unpadded(module, self.original, x), after)
-        if before is None:
-            return self.original(x)
-        x = x[..., : x.shape[-2] - self.trailing, : x.shape[-1] - self.trailing]
+        x = x[..., : x.shape[-2] - self.trailing, : x.shape[-1] - self.trailing] if self.trailing else x
         if after is None:  # the level below runs dense
-            full = place(self.engine.slot[self.name], x, before)
-            self.engine.slot.offer(self.name, x, BoxLayout(before))
-            return self.original(F.pad(full, (0, self.trailing) * 2))
+            return self._dense(name, x, before)
+        assert before is not None
         windows = conv_windows(after, self.size, *geometry(module))
-        pieces = cut(x, windows) if self.kind == "entry" else self.halo(x, before, windows)
+        pieces = cut(x, windows) if self.kind == "entry" else self.halo(name, x, before, windows)
         strip = strip_of(unpadded(module, self.original, pieces), after)
         return self._leave(strip, after) if self.kind == "exit" else strip
 
-    def _record(self, x: Tensor) -> Tensor:
+    def _record(self, name: str, module: Any, x: Tensor) -> Tensor:
         engine = self.engine
         known = x[..., : x.shape[-2] - self.trailing, : x.shape[-1] - self.trailing] if self.trailing else x
         out = self.original(x)
         self.size, self.out = map_size(known), map_size(out)
+        _, stride, _ = geometry(module)
+        if self.out != (-(-self.size[0] // stride[0]), -(-self.size[1] // stride[1])):
+            raise ValueError(
+                f"{self.name} makes {self.out} of {self.size}, where sparse edits round up; choose a height and a "
+                "width that the network halves without a rest"
+            )
         engine.see(self.size)
         engine.see(self.out)
         if self.kind == "entry":
-            engine.input_size = self.size
+            engine.input_size, engine.slot.shape = self.size, tuple(x.shape)
         if engine.maps and self.kind in ("inner", "exit"):
-            engine.slot.put(self.name, known)
+            engine.slot.put(name, known)
         if self.kind == "exit":
-            engine.slot.put(f"{self.name}.out", out)
+            engine.slot.put(f"{name}.out", out, exact=True)
         return out
 
+    def _dense(self, name: str, x: Tensor, before: Boxes | None) -> Tensor:
+        """The whole map out of a strip, or of itself."""
+        full = x if before is None else place(self.engine.slot[name], x, before)
+        if before is None:
+            self.offer_whole(name, full)
+        else:
+            self.engine.slot.offer(name, x, BoxLayout(before))
+        return self.original(F.pad(full, (0, self.trailing) * 2) if self.trailing else full)
+
     def _leave(self, strip: Tensor, boxes: Boxes) -> Tensor:
-        self.engine.slot.offer(f"{self.name}.out", strip, BoxLayout(boxes))
-        return place(self.engine.slot[f"{self.name}.out"], strip, boxes)
+        name = f"{self.name}.out"
+        self.engine.slot.offer(name, strip, BoxLayout(boxes), exact=True)
+        return place(self.engine.slot[name], strip, boxes)
+
+    def _check(self, x: Tensor) -> None:
+        """Raise unless the call is as the recorded one."""
+        recorded, masks = self.engine.slot.shape, len(self.engine.region.masks)
+        if recorded != tuple(x.shape) or map_size(x) != self.size:
+            last = "" if recorded != tuple(x.shape) else f", before another of {self.size}"
+            raise ValueError(
+                f"the recorded call had an input of {recorded}{last}, and the edit has {tuple(x.shape)}; record a call "
+                "with the same batch, height and width first"
+            )
+        if len(x) % masks:
+            raise ValueError(f"{masks} masks for a batch of {len(x)}; give one mask, or one for each picture")
 
 
 class UpsampleHook(SiteHook):
@@ -127,74 +164,46 @@ class UpsampleHook(SiteHook):
     def new_forward(self, module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As `SiteHook` says."""
         engine = self.engine
+        if engine.mode == "off":
+            return self.original(x, *args, **kwargs)
+        name = self.turn()
         if engine.mode == "record":
-            self.size = map_size(x)
-            if engine.maps:
-                engine.slot.put(self.name, x)
-            out = self.original(x, *args, **kwargs)
-            self.high = map_size(out)
-            engine.see(self.size)
-            engine.see(self.high)
-            return out
-        low, high = (None, None) if engine.mode == "off" else (engine.boxes(self.size), engine.boxes(self.high))
+            return self._record(name, x, *args, **kwargs)
+        low, high = engine.boxes(self.size), engine.boxes(self.high)
+        if low is None:
+            self.offer_whole(name, x)
         if high is None:
             return self.original(x, *args, **kwargs)
         conv = (module.conv if module.name == "conv" else module.Conv2d_0) if module.use_conv else None
-        inner: Any = getattr(conv, "base_layer", conv)  # of LoRA
-        windows = high if conv is None else conv_windows(high, self.high, *geometry(inner))
+        windows = high if conv is None else conv_windows(high, self.high, *geometry(conv))
         half = half_windows(windows, self.size)
-        pieces = doubled(cut(x, half) if low is None else self.halo(x, low, half), half, windows)
+        pieces = doubled(cut(x, half) if low is None else self.halo(name, x, low, half), half, windows)
         return strip_of(pieces, high) if conv is None else conv(pieces)
 
-
-class NormHook(SiteHook):
-    """`GroupNorm` with the statistics of the reference, or with their exact update by the region."""
-
-    def new_forward(self, module: nn.GroupNorm, x: Tensor) -> Tensor:
-        """As `SiteHook` says; x is (B, C, h, w) or (B, C, tokens)."""
+    def _record(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         engine = self.engine
-        if engine.mode == "off":
-            return self.original(x)
-        if engine.mode == "record":
-            self._record(module, x)
-            return self.original(x)
-        boxes = engine.boxes(self.size)
-        if boxes is None:
-            return self.original(x)
-        mean, variance = (engine.slot[f"{self.name}.{which}"].to(x.device) for which in ("mean", "var"))
-        if engine.config.norm == "incremental" and engine.maps:
-            mean, variance = self._updated(module, x, boxes, mean, variance)
-        channels = module.num_channels // module.num_groups
-        scale = (variance + module.eps).rsqrt().repeat_interleave(channels, 1)
-        mean = mean.repeat_interleave(channels, 1)
-        if module.affine:
-            scale = scale * module.weight
-        shift = -mean * scale + (module.bias if module.affine else 0)
-        shape = scale.shape + (1,) * (x.ndim - 2)
-        return torch.addcmul(shift.to(x.dtype).view(shape), x, scale.to(x.dtype).view(shape))
+        if engine.maps:
+            engine.slot.put(name, x)
+        out = self.original(x, *args, **kwargs)
+        self.size, self.high = map_size(x), map_size(out)
+        if any(new not in (2 * old - 1, 2 * old) for old, new in zip(self.size, self.high, strict=True)):
+            raise ValueError(
+                f"{self.name} makes {self.high} of {self.size}, where sparse edits double; choose a height and a width "
+                "that the network halves without a rest"
+            )
+        engine.see(self.size)
+        engine.see(self.high)
+        return out
 
-    def _record(self, module: nn.GroupNorm, x: Tensor) -> None:
-        self.size = map_size(x) if x.ndim == 4 else self.engine.grid(x.shape[-1])
-        variance, mean = torch.var_mean(x.float().reshape(len(x), module.num_groups, -1), dim=2, correction=0)
-        slot = self.engine.slot
-        slot[f"{self.name}.mean"], slot[f"{self.name}.var"] = mean.detach(), variance.detach()
-        if self.engine.config.norm == "incremental" and self.engine.maps:
-            slot.put(self.name, x.unflatten(2, self.size) if x.ndim == 3 else x)
 
-    def _updated(
-        self, module: nn.GroupNorm, x: Tensor, boxes: Boxes, mean: Tensor, variance: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and variance of the map after the region changed; moments about the old mean keep the digits."""
-        strip = x.unflatten(2, (boxes.height, -1)) if x.ndim == 3 else x
-        slot, total = self.engine.slot, boxes.map[0] * boxes.map[1] * (module.num_channels // module.num_groups)
-        old = crop(slot[self.name].to(x), boxes)
-        (new1, new2), (old1, old2) = (_moments(values, boxes, mean, module.num_groups) for values in (strip, old))
-        moved = (new1 - old1) / total
-        slot.offer(self.name, strip, BoxLayout(boxes))
-        mean, variance = mean + moved, (variance + (new2 - old2) / total - moved**2).clamp_min(0)
-        slot.offer_whole(f"{self.name}.mean", mean)
-        slot.offer_whole(f"{self.name}.var", variance)
-        return mean, variance
+class BesideHook(SiteHook):
+    """What makes a map beside the path, such as ControlNet's of its condition: computed whole, then cut."""
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """As `SiteHook` says."""
+        out = self.original(*args, **kwargs)
+        boxes = self.engine.boxes(map_size(out)) if self.engine.mode == "sparse" else None
+        return out if boxes is None else crop(out, boxes)
 
 
 class AttentionHook(SiteHook):
@@ -207,12 +216,13 @@ class AttentionHook(SiteHook):
         if engine.mode == "off" or (crossed is not None and not engine.joint):
             return self.original(hidden_states, *args, **kwargs)
         change = self._record if engine.mode == "record" else self._sparse
-        with KeysValues(change) as seen:
+        seen = KeysValues(change)
+        with seen:
             out = self.original(hidden_states, *args, **kwargs)
         if seen.calls != 1:
             raise RuntimeError(
                 f"{self.name} called scaled_dot_product_attention {seen.calls} times, and sparse edits need one call; "
-                "set Diffusers' default attention processor (network.set_default_attn_processor()), unfused"
+                "give the module the processor that does: attention.set_processor(AttnProcessor2_0()), projections unfused"
             )
         return out
 
@@ -225,6 +235,8 @@ class AttentionHook(SiteHook):
         engine, names = self.engine, (f"{self.name}.k", f"{self.name}.v")
         layout = engine.layout(engine.slot[names[0]].shape[2])
         if layout is None:  # this level runs dense
+            self.offer_whole(names[0], key)
+            self.offer_whole(names[1], value)
             return key, value
         both = []
         for name, part in zip(names, (key, value), strict=True):
@@ -254,7 +266,8 @@ class KeysValues(TorchFunctionMode):
 
 
 def geometry(module: Any) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """Kernel (dilated), stride and padding of a convolution or pooling."""
+    """Kernel (dilated), stride and padding of a convolution or pooling, also within LoRA."""
+    module = getattr(module, "base_layer", module)
     kernel, stride, padding = (_pair(getattr(module, name)) for name in ("kernel_size", "stride", "padding"))
     dilation = _pair(getattr(module, "dilation", 1))
     return (dilation[0] * (kernel[0] - 1) + 1, dilation[1] * (kernel[1] - 1) + 1), stride, padding
@@ -265,9 +278,12 @@ def map_size(x: Tensor) -> tuple[int, int]:
     return x.shape[-2], x.shape[-1]
 
 
-def unpadded(module: Any, forward: Callable[[Tensor], Tensor], windows: Tensor) -> Tensor:
-    """The module on windows that hold their own halo."""
-    with _padding(module, 0):
+def unpadded(module: nn.Module, forward: Callable[[Tensor], Tensor], windows: Tensor) -> Tensor:
+    """The module on windows that hold their own halo; of LoRA, all its convolutions."""
+    with ExitStack() as stack:
+        for part in module.modules():
+            if isinstance(part, nn.Conv2d | nn.AvgPool2d):
+                stack.enter_context(_padding(part, 0))
         return forward(windows)
 
 
@@ -283,16 +299,3 @@ def _padding(module: Any, value: int) -> Iterator[None]:
 
 def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
-
-
-def _moments(strip: Tensor, boxes: Boxes, mean: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Sums of the strip's differences from `mean`, and of their squares, by row and group; each box once."""
-    pieces = split(strip, boxes).unflatten(0, (-1, boxes.count)).float()
-    grouped = pieces.flatten(3).unflatten(2, (groups, -1)).flatten(3) - mean[:, None, :, None]  # (B, k, groups, values)
-    once = torch.tensor(
-        [[corner not in row[:i] for i, corner in enumerate(row)] for row in boxes.corners],
-        dtype=grouped.dtype,
-        device=grouped.device,
-    )
-    weight = once.repeat(len(grouped) // len(once), 1)[:, :, None]
-    return (grouped.sum(3) * weight).sum(1), (grouped.square().sum(3) * weight).sum(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,7 +35,12 @@ def encode(pipe: Any, picture: Any, *, height: int | None = None, width: int | N
     return (raw - (getattr(vae.config, "shift_factor", None) or 0)) * vae.config.scaling_factor
 
 
-def noised(scheduler: Any, clean: Tensor, noise: Tensor, step: int) -> Tensor:
+def packed(pipe: Any, latents: Tensor) -> Tensor:
+    """Latents of `encode` as the pipeline's loop has them: Flux packs them to tokens, (B, tokens, 4 C)."""
+    return pipe._pack_latents(latents, *latents.shape) if hasattr(pipe, "_pack_latents") else latents
+
+
+def noised(scheduler: Any, clean: Tensor, noise: Tensor, step: int | None) -> Tensor:
     """The state in which a run is at a step, on its way from `noise` to `clean`, in the scheduler's own space."""
     alpha, sigma = levels(scheduler, step)
     return alpha * clean + sigma * noise
@@ -51,6 +57,10 @@ def answer(scheduler: Any, clean: Tensor, noise: Tensor, step: int) -> Tensor:
     kind = getattr(scheduler.config, "prediction_type", None) or "epsilon"
     if is_flow(scheduler):
         return noise - clean
+    if (data := getattr(scheduler.config, "sigma_data", None)) is not None:  # EDM's preconditioning, table 1
+        sigma = levels(scheduler, step)[1]
+        sign = -1 if kind == "v_prediction" else 1
+        return sign * (sigma / data * clean - data * noise) / (sigma**2 + data**2) ** 0.5
     if kind == "epsilon":
         return noise
     if kind == "sample":
@@ -72,38 +82,58 @@ def is_flow(scheduler: Any) -> bool:
     )
 
 
-def levels(scheduler: Any, step: int) -> tuple[float, float]:
-    """Factors of signal and noise at a step, in the scheduler's own space (1 and sigma for Euler on SD)."""
-    if is_flow(scheduler) and len(scheduler.timesteps) <= step:
-        return 0.0, 1.0
+def levels(scheduler: Any, step: int | None) -> tuple[float, float]:
+    """Factors of signal and noise at a step, in the scheduler's own space (1 and sigma for Euler on SD).
+
+    None is for pure noise, with which pipelines begin that ask the scheduler for steps only afterwards (Flux, SD3).
+    """
+    if step is None:
+        return 0.0, float(getattr(scheduler, "init_noise_sigma", 1.0))
+    between = getattr(scheduler, "sigmas_interpol", None)
+    if between is not None and not scheduler.state_in_first_order:  # DPM2's second call has a sigma of its own
+        return 1.0, float(between[step])
     time = scheduler.timesteps[step : step + 1]
     one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    mixed = scheduler.scale_noise if hasattr(scheduler, "scale_noise") else None
-    if mixed is not None and not hasattr(scheduler, "add_noise"):
-        begun = scheduler._begin_index
-        try:
-            return float(mixed(one, time, zero)), float(mixed(zero, time, one))
-        finally:
-            scheduler._begin_index = begun
-    return float(scheduler.add_noise(one, zero, time)), float(scheduler.add_noise(zero, one, time))
+    if hasattr(scheduler, "add_noise"):
+        return float(scheduler.add_noise(one, zero, time)), float(scheduler.add_noise(zero, one, time))
+    return float(scheduler.scale_noise(one, time, zero)), float(scheduler.scale_noise(zero, time, one))
+
+
+def unscaled(scheduler: Any, seen: Tensor, timestep: Any) -> Tensor:
+    """The state that a network sees: schedulers with sigmas, such as Euler, scale it before a call."""
+    scale = getattr(scheduler, "scale_model_input", None)
+    return seen if scale is None else seen / float(scale(torch.ones(1, 1, 1, 1, dtype=torch.float64), timestep))
 
 
 @contextmanager
 def prepared(pipe: Any, change: Any) -> Iterator[None]:
-    """While the block runs, the latents that the pipeline prepares pass through `change(latents) -> latents`."""
-    method = getattr(pipe, "prepare_latents", None)
+    """While the block runs, the latents that the pipeline prepares pass through `change(latents, step) -> latents`.
+
+    The step is that at which the run begins, or None if the scheduler was not yet asked for steps.
+    """
+    method, before = getattr(pipe, "prepare_latents", None), pipe.scheduler.timesteps
     if method is None:
         yield
         return
 
     def changed(*args: Any, **kwargs: Any) -> Any:
         result = method(*args, **kwargs)
+        given = inspect.signature(method).bind(*args, **kwargs).arguments
+        step = None if pipe.scheduler.timesteps is before else _first(pipe.scheduler, given.get("timestep"))
         if isinstance(result, Tensor):
-            return change(result)
-        return (change(result[0]), *result[1:])
+            return change(result, step)
+        return (change(result[0], step), *result[1:])
 
     pipe.prepare_latents = changed
     try:
         yield
     finally:
         del pipe.prepare_latents
+
+
+def _first(scheduler: Any, timestep: Tensor | None) -> int:
+    """Step at which a run begins: image-to-image leaves some out."""
+    begin = getattr(scheduler, "begin_index", None)
+    if begin is not None or timestep is None:
+        return begin or 0
+    return int((scheduler.timesteps.double().cpu() - float(timestep.flatten()[0])).abs().argmin())

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from diffaccel.cost import denoisers
+from diffaccel.hooking import hook_on
+from diffaccel.kernels.arguments import FIXED, edited, given, named, names, refuse, refuse_policy, same
+from diffaccel.kernels.attached import NAME
 from diffaccel.kernels.config import SparseEditConfig
 from diffaccel.kernels.decoder import DecoderEdit
+from diffaccel.kernels.editing import Editing
 from diffaccel.kernels.engine import apply_sparse_edit
-from diffaccel.kernels.latents import encode, noised, prepared
+from diffaccel.kernels.latents import encode, noised, packed, prepared
 from diffaccel.kernels.region import difference_mask, read_mask
 from diffaccel.kernels.report import EditReport, differences, report_of
-from diffaccel.kernels.session import Editing, Follower, Recording, Reference
-from diffaccel.kernels.start import Shift, Start, copied, draw
-
-# An edit has them as the reference, or the outside of the mask would change, or they are the edit's own.
-_FIXED = (
-    *("guidance_scale", "num_inference_steps", "height", "width", "num_images_per_prompt", "timesteps", "sigmas"),
-    *("latents", "mask_image", "output_type", "return_dict"),
-)
+from diffaccel.kernels.session import Follower, Recording, Reference
+from diffaccel.kernels.start import Shift, Start, copied, draw, random_from, random_state
 
 
 class SparseEditPipeline:
@@ -54,13 +51,19 @@ class SparseEditPipeline:
         found = denoisers(pipe)
         if len(found) > 1:
             raise ValueError(f"{type(pipe).__name__} has several denoisers ({', '.join(found)}); edits are for one")
-        self.handle = apply_sparse_edit(next(iter(found.values())), self.config)
-        self._decoder = DecoderEdit.on(pipe) if self.config.vae else None
+        network = next(iter(found.values()))
+        refuse_policy(network)
+        self.handle = apply_sparse_edit(network, self.config)
+        try:
+            self._decoder = DecoderEdit.on(pipe) if self.config.vae else None
+        except BaseException:
+            self.handle.remove()
+            raise
         self._follower = Follower(pipe)
         self._reset({})
 
     def _reset(self, call: dict[str, Any]) -> None:
-        self._call, self._start = call, None
+        self._call, self._start, self._random = call, None, random_state()
         self.reference = Reference()
         self.picture: Any = None
         self.report: EditReport | None = None
@@ -76,12 +79,16 @@ class SparseEditPipeline:
 
         Raises:
             MemoryError: if the features of all steps need more than `config.memory_limit`, after the first call.
+            ValueError: for what mixes the whole picture outside of the network, so that the outside would change with
+                an edit.
         """
-        call = self._named(args, kwargs)
+        call = named(self.pipe, args, kwargs)
+        refuse(self.pipe, call)
         self._reset({**call, "generator": copied(call["generator"])})
 
-        def remember(latents: Tensor) -> Tensor:
-            noise = None if "image" in self._names() else latents / self.pipe.scheduler.init_noise_sigma
+        def remember(latents: Tensor, step: int | None) -> Tensor:
+            begins = "image" in names(self.pipe)  # with a picture
+            noise = None if begins else latents / getattr(self.pipe.scheduler, "init_noise_sigma", 1.0)
             self._start = Start(latents.detach().clone(), noise)
             return latents
 
@@ -99,30 +106,35 @@ class SparseEditPipeline:
             kwargs: of the pipeline: steps, guidance, ...; `generator` makes the noise.
 
         Raises:
-            TypeError: if the pipeline has no VAE, or packs its latents.
+            TypeError: if the pipeline has no VAE, or prepares no latents.
+            ValueError: if it makes fewer pictures than are given.
         """
         if not hasattr(self.pipe, "prepare_latents"):
             raise TypeError(f"{type(self.pipe).__name__} prepares no latents, which the picture would begin with")
-        call = self._named((), {"prompt": prompt, **kwargs})
+        shown = {} if "prompt_embeds" in kwargs and prompt == "" else {"prompt": prompt}
+        call = named(self.pipe, (), {**given(self.pipe, picture), **shown, **kwargs})
         started = time.perf_counter()
         with torch.no_grad():
             clean = encode(self.pipe, picture, height=call.get("height"), width=call.get("width"))
         sides = {"height": clean.shape[-2], "width": clean.shape[-1]}
-        call |= {name: side * self.pipe.vae_scale_factor for name, side in sides.items() if name in self._names()}
-        call = {**self._given(picture, None), **call}
+        asked = names(self.pipe)
+        call |= {name: side * self.pipe.vae_scale_factor for name, side in sides.items() if name in asked}
+        refuse(self.pipe, call)
+        clean = packed(self.pipe, clean)
         self._reset({**call, "generator": copied(call["generator"])})
         shift: list[Shift] = []  # from nothing to the picture
 
-        def begin(latents: Tensor) -> Tensor:
-            if latents.ndim != clean.ndim:
-                raise TypeError(f"{type(self.pipe).__name__} packs its latents; edit a picture that it generated")
-            whole = clean.repeat(len(latents) // len(clean), 1, 1, 1).to(latents)
-            shift.append(Shift(whole, draw(whole, copied(self._call["generator"]))))
-            self._start = Start(noised(self.pipe.scheduler, whole, shift[0].noise, self._first()), shift[0].noise)
+        def begin(latents: Tensor, step: int | None) -> Tensor:
+            if len(latents) % len(clean):
+                raise ValueError(f"{len(clean)} pictures for a run that makes {len(latents)}; give a prompt for each")
+            whole = clean.repeat(len(latents) // len(clean), *[1] * (clean.ndim - 1)).to(latents)
+            noise = draw(whole, copied(self._call["generator"]))
+            shift.append(Shift(whole, noise))
+            self._start = Start(noised(self.pipe.scheduler, whole, noise, step), noise)
             return self._start.latents
 
-        def change(step: int, output: Tensor) -> Tensor:
-            return shift[0].output(self.pipe.scheduler, step, torch.zeros_like(output))
+        def change(step: int, output: Tensor, state: Tensor) -> Tensor:
+            return shift[0].output(self.pipe.scheduler, step, output, state)
 
         result = self._record(call, begin, change)
         self._seconds = time.perf_counter() - started
@@ -164,13 +176,13 @@ class SparseEditPipeline:
             raise RuntimeError("there is nothing to edit yet; call editor.generate(prompt) or editor.encode(picture)")
         if not 0 < strength <= 1:
             raise ValueError(f"strength={strength!r}: give a share of the steps in (0, 1]")
-        for name in _FIXED:
-            if name in kwargs and kwargs[name] != self._call.get(name):
+        for name in FIXED:
+            if name in kwargs and not same(kwargs[name], self._call.get(name)):
                 raise ValueError(f"{name} is the reference's, since the outside of the mask must stay; leave it out")
-        self.accept()
         mask = self._mask(mask, image)
-        call = {**self._call, **kwargs, **self._given(None, mask), "generator": copied(self._call["generator"])}
-        call |= {} if prompt is None else {"prompt": prompt}
+        self.accept()
+        conditions = kwargs if prompt is None else {**kwargs, "prompt": prompt}
+        call = edited(self.pipe, self._call, conditions, mask) | {"generator": copied(self._call["generator"])}
         steps = sorted({step for step, _ in self.reference.outputs})
         shift, scheduler = self._shift(image, generator), self.pipe.scheduler
         run = Editing(
@@ -178,24 +190,29 @@ class SparseEditPipeline:
             self._follower,
             self.reference,
             mask,
-            start=steps[int(len(steps) * (1 - strength) + 1e-6)],
-            change=None if shift is None else lambda step, output: shift.output(scheduler, step, output),
+            start=steps[min(int(len(steps) * (1 - strength) + 1e-6), len(steps) - 1)],
+            change=None if shift is None else partial(shift.output, scheduler),
             dense=dense,
         )
         starts: list[Start] = []
 
-        def begin(latents: Tensor) -> Tensor:
+        def begin(latents: Tensor, step: int | None) -> Tensor:
             assert self._start is not None
             inside = self.handle.inside(mask, latents)
-            starts.append(self._start.shifted(scheduler, steps[0], inside, shift))
+            starts.append(self._start.shifted(scheduler, step, inside, shift))
             return starts[0].latents
 
         started, before = time.perf_counter(), self.picture
-        with ExitStack() as stack:
-            stack.enter_context(prepared(self.pipe, begin))
-            if self._decoder is not None:
-                stack.enter_context(self._decoder.editing(mask, dense=dense))
-            result = self._run(run, call)
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(random_from(self._random))
+                stack.enter_context(prepared(self.pipe, begin))
+                if self._decoder is not None:
+                    stack.enter_context(self._decoder.editing(mask, dense=run.dense))
+                result = self._run(run, call)
+        except BaseException:
+            self._reject()
+            raise
         self.report = report_of(
             run,
             seconds=time.perf_counter() - started,
@@ -207,7 +224,13 @@ class SparseEditPipeline:
         )
         self.picture = _pictures(result)
         self._undo = lambda: setattr(self, "picture", before)
-        self._settle = lambda: setattr(self, "_start", starts[0] if starts else None)
+
+        def settle() -> None:
+            self._start = starts[0] if starts else None
+            if "mask_image" in call:
+                self._call["mask_image"] = call["mask_image"]
+
+        self._settle = settle
         return result
 
     def undo(self) -> None:
@@ -220,10 +243,7 @@ class SparseEditPipeline:
             raise RuntimeError("there is no edit to undo; edits are accepted by the next one, or by accept()")
         self._undo()
         self._undo = None
-        self.reference.pending = {}
-        self.handle.reject()
-        if self._decoder is not None:
-            self._decoder.handle.reject()
+        self._reject()
 
     def accept(self) -> None:
         """Make the last edit part of the reference; `edit` does so with the one before it."""
@@ -250,15 +270,11 @@ class SparseEditPipeline:
 
     # Parts of the above
 
-    def _names(self) -> dict[str, inspect.Parameter]:
-        return dict(inspect.signature(type(self.pipe).__call__).parameters)
-
-    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The call's arguments by name, with a generator, so that it can be repeated."""
-        call = {**dict(zip(list(self._names())[1:], args, strict=False)), **kwargs}
-        if call.get("generator") is None:
-            call["generator"] = torch.Generator().manual_seed(int(torch.randint(2**31, ()).item()))
-        return call
+    def _reject(self) -> None:
+        self.reference.pending = {}
+        self.handle.reject()
+        if self._decoder is not None:
+            self._decoder.handle.reject()
 
     def _record(self, call: dict[str, Any], begin: Any, change: Any) -> Any:
         start = time.perf_counter()
@@ -266,12 +282,23 @@ class SparseEditPipeline:
             stack.enter_context(prepared(self.pipe, begin))
             if self._decoder is not None:
                 stack.enter_context(self._decoder.recording())
-            result = self._run(Recording(self.handle, self._follower, self.reference, change), call)
+            try:
+                result = self._run(Recording(self.handle, self._follower, self.reference, change), call)
+            except BaseException:
+                self._reset({})
+                raise
         self._seconds = time.perf_counter() - start
         self.picture = _pictures(result)
         return result
 
     def _run(self, driver: Any, call: dict[str, Any]) -> Any:
+        network = self.handle.network
+        if network not in denoisers(self.pipe).values() or hook_on(network, NAME) is None:
+            raise RuntimeError(
+                "the pipeline's network has no sparse edits any more, since they were removed or it was replaced; make "
+                "a new SparseEditPipeline(pipe)"
+            )
+        refuse_policy(network)
         self._follower.restart()
         self.handle.engine.driver = driver
         try:
@@ -279,30 +306,17 @@ class SparseEditPipeline:
         finally:
             self.handle.engine.driver = None
 
-    def _given(self, picture: Any, mask: np.ndarray | None) -> dict[str, Any]:
-        """What inpainting and image-to-image pipelines want besides."""
-        given, names = {}, self._names()
-        if "image" in names and picture is not None:
-            given["image"] = picture
-        if "mask_image" in names:
-            if mask is not None:
-                given["mask_image"] = [Image.fromarray(one.astype(np.uint8) * 255) for one in mask]
-            elif isinstance(picture, Image.Image):
-                given["mask_image"] = Image.new("L", picture.size)
-        return given
-
     def _mask(self, mask: Any, image: Any) -> np.ndarray:
         if mask is None:
             if image is None:
                 raise ValueError("say what to edit: a mask, or image=, the picture with something painted over it")
             mask = difference_mask(self.picture[0], image)
         found = read_mask(mask)
-        if not found.any():
+        if not found.any(axis=(1, 2)).all():
             raise ValueError("the mask is empty: nothing would be edited; paint what should change in white")
+        if len(found) not in (1, len(self.picture)):
+            raise ValueError(f"{len(found)} masks for {len(self.picture)} pictures; give one, or one for each picture")
         return found
-
-    def _first(self) -> int:
-        return getattr(self.pipe.scheduler, "begin_index", None) or 0
 
     def _shift(self, image: Any, generator: torch.Generator | None) -> Shift | None:
         """What was painted, and new noise."""
@@ -312,9 +326,12 @@ class SparseEditPipeline:
             raise TypeError(f"{type(self.pipe).__name__} prepares no latents, so that edits have no other start")
         clean = noise = torch.zeros_like(self._start.latents)
         if image is not None:
+            if self._call.get("output_type") == "latent":
+                raise ValueError("image= is compared with the reference's picture, and output_type='latent' makes none")
             size = {"height": self._call.get("height"), "width": self._call.get("width")}
             with torch.no_grad():
-                clean = encode(self.pipe, image, **size) - encode(self.pipe, self.picture, **size)
+                change = encode(self.pipe, image, **size) - encode(self.pipe, self.picture, **size)
+            clean = packed(self.pipe, change)
         if generator is not None:
             if self._start.noise is None:
                 raise TypeError(f"{type(self.pipe).__name__} begins with a picture; new noise is for those that do not")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from diffaccel.kernels.boxes import Box, Boxes, bounding_boxes, level_factor, merge, same_size, scaled, touching
+from diffaccel.kernels.boxes import Boxes, bounding_boxes, level_factor, merge, same_size, scaled, touching
 
 
 class Region:
@@ -23,6 +24,7 @@ class Region:
     Args:
         masks: bool, (masks, rows, columns) at the resolution of the network's input, or (rows, columns).
         margin, max_boxes, dense_above, dense_below: see `SparseEditConfig`.
+        coarsest: rows of the network's smallest map. Where boxes touch at a level, they are merged, or it runs dense.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Region:
         max_boxes: int = 4,
         dense_above: float = 1.0,
         dense_below: int = 0,
+        coarsest: int = 1,
     ):
         self.masks = masks if masks.ndim == 3 else masks[None]
         if self.masks.ndim != 3 or self.masks.dtype != bool:
@@ -40,12 +43,10 @@ class Region:
         if not self.masks.any(axis=(1, 2)).all():
             raise ValueError("the mask is empty: nothing would be edited; paint what should change in white")
         self.margin, self.size = margin, (self.masks.shape[1], self.masks.shape[2])
-        self._dense_above, self._dense_below = dense_above, dense_below
+        self._dense_above, self._dense_below, self._coarsest = dense_above, dense_below, coarsest
         self._levels: dict[tuple[int, int], Boxes | None] = {}
         self._base = [bounding_boxes(mask, max_boxes) for mask in self.masks]
-        while (hit := self._collision()) is not None:
-            row, pair = hit
-            self._base[row] = merge(self._base[row], *pair)
+        self._settle()
 
     def boxes(self, height: int, width: int) -> Boxes | None:
         """Boxes on a feature map of that size; None if that level runs dense."""
@@ -56,7 +57,7 @@ class Region:
     @property
     def share(self) -> float:
         """Area that is recomputed, margin included, as a share of the network's input."""
-        return self._at(*self.size)[1].share
+        return self._at(self.size).share
 
     @property
     def dense(self) -> bool:
@@ -84,39 +85,62 @@ class Region:
         mask = Image.fromarray(self.masks[0].astype(np.uint8) * 110).resize(shown.size, Image.Resampling.NEAREST)
         shown.paste((255, 0, 0), mask=mask)
         y, x = shown.height / self.size[0], shown.width / self.size[1]
-        boxes = self._at(*self.size)[1]
+        boxes = self._at(self.size)
         for top, left in boxes.corners[0]:
             frame = (left * x, top * y, (left + boxes.width) * x - 1, (top + boxes.height) * y - 1)
             ImageDraw.Draw(shown).rectangle(frame, outline=(0, 90, 255), width=max(1, round(x / 4)))
         return shown
 
     def _made(self, height: int, width: int) -> Boxes | None:
-        finer = self.size
-        while finer[0] > height:  # a level below a dense one is dense
-            if finer != self.size and self.boxes(*finer) is None:
-                return None
-            finer = (math.ceil(finer[0] / 2), math.ceil(finer[1] / 2))
-        boxes = self._at(height, width)[1]
-        return None if boxes.share > self._dense_above or height <= self._dense_below else boxes
+        if any(boxes is None and size[0] > height for size, boxes in self._pyramid()):
+            return None
+        return self._sparse((height, width))
 
-    def _at(self, height: int, width: int) -> tuple[list[list[Box]], Boxes]:
-        size, factor = (height, width), min(1.0, level_factor(self.size[0], height))
+    def _pyramid(self) -> Iterator[tuple[tuple[int, int], Boxes | None]]:
+        """Maps of a U-Net, from its input down."""
+        size, boxes = self.size, self._sparse(self.size)
+        while True:
+            yield size, boxes
+            if size[0] <= self._coarsest or size == (1, 1):
+                return
+            size = (math.ceil(size[0] / 2), math.ceil(size[1] / 2))
+            boxes = None if boxes is None else self._sparse(size)  # a level below a dense one is dense
+
+    def _sparse(self, size: tuple[int, int]) -> Boxes | None:
+        if size[0] <= self._dense_below:
+            return None
+        boxes = self._at(size)
+        return boxes if boxes.share <= self._dense_above else None
+
+    def _at(self, size: tuple[int, int]) -> Boxes:
+        factor = min(1.0, level_factor(self.size[0], size[0]))
         margin = math.ceil(self.margin * factor) if factor == 1 else max(1, math.ceil(self.margin * factor))
-        rows = [[scaled(box, self.size, size, margin) for box in row] for row in self._base]
-        return rows, same_size(rows, size)
+        return same_size([[scaled(box, self.size, size, margin) for box in row] for row in self._base], size)
 
-    def _collision(self) -> tuple[int, tuple[int, int]] | None:
-        """A mask, and two of its boxes that touch at some level; then each would need the other's new values."""
-        height, width = self.size
-        while min(height, width) >= 1:
-            boxes = self._at(height, width)[1]
-            for number, (corners, base) in enumerate(zip(boxes.corners, self._base, strict=True)):
+    def _settle(self) -> None:
+        """Where boxes touch, each would need the other's new values: merge them, or run that level dense if cheaper."""
+        while (hit := self._collision()) is not None:
+            size, row, pair = hit
+            apart, below = self._base[row], self._dense_below
+            self._dense_below = size[0]
+            dense = self._cost()
+            self._dense_below, self._base[row] = below, merge(apart, *pair)
+            if size != self.size and dense < self._cost():
+                self._dense_below, self._base[row] = size[0], apart
+
+    def _cost(self) -> float:
+        """Shares of the levels, which take about the same time in a U-Net."""
+        return sum(1.0 if boxes is None else boxes.share for _, boxes in self._pyramid())
+
+    def _collision(self) -> tuple[tuple[int, int], int, tuple[int, int]] | None:
+        """A level, a mask, and two of its boxes that touch there."""
+        for size, boxes in self._pyramid():
+            if boxes is None:
+                return None
+            for row, (corners, base) in enumerate(zip(boxes.corners, self._base, strict=True)):
                 placed = [(t, x, t + boxes.height, x + boxes.width) for t, x in corners[: len(base)]]
                 if (pair := touching(placed)) is not None:
-                    return number, pair
-            if boxes.share > self._dense_above or height <= self._dense_below or (height, width) == (1, 1):
-                return None
-            height, width = math.ceil(height / 2), math.ceil(width / 2)
+                    return size, row, pair
         return None
 
 

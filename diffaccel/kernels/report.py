@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from diffaccel.kernels.editing import Editing
 from diffaccel.kernels.region import Region, read_mask
-from diffaccel.kernels.session import Editing
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,8 @@ def report_of(
     note, region = "", run.region
     if region is not None and region.dense:
         note = f"ran dense: the region is {region.share:.0%} of the picture, and dense_above={config.dense_above}"
+    elif run.exhausted:
+        note = f"ran dense: no margin keeps the probe error under tolerance={config.tolerance}"
     elif medians.get("sparse", 0) > dense_call:
         note = f"sparse lost: {medians['sparse']:.3f} s a network call, and {dense_call:.3f} s dense"
     return EditReport(
@@ -110,7 +112,7 @@ def report_of(
         dense_seconds=seconds if run.dense else dense + decoder_seconds[0] - decoder_seconds[1],
         calls=dict(run.calls),
         call_seconds=medians,
-        share=1.0 if region is None or region.dense else region.share,
+        share=1.0 if region is None or region.dense or run.exhausted else region.share,
         memory=run.handle.engine.cache.bytes(),
         probes=tuple(run.probes),
         seam=differences[0],

@@ -1,25 +1,24 @@
-"""What happens at each network call while a reference is recorded, and while it is edited."""
+"""What happens at each network call while a reference is recorded; `Editing` is for edits of it."""
 
 from __future__ import annotations
 
 import inspect
 import time
-from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from diffaccel.cost import drain
-from diffaccel.kernels.cache import Key
-from diffaccel.kernels.engine import Engine, Handle
-from diffaccel.kernels.region import Region
+from diffaccel.kernels.engine import Handle
+from diffaccel.kernels.latents import unscaled
+from diffaccel.kernels.tokens import token_grid
 from diffaccel.samplers.policy.clock import Clock
 
 Forward = Callable[..., Any]
-Change = Callable[[int, Tensor], Tensor]  # step, the network's output -> its output
+Change = Callable[[int, Tensor, Tensor], Tensor]  # step, output, how far the state moved -> the changed output
 
 
 class Follower:
@@ -40,13 +39,15 @@ class Follower:
 
     def key(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
         """Step, and number of the call in it."""
-        names = list(inspect.signature(type(network).forward).parameters)[1:]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
         self._clock.new_run(self._pipe.scheduler)
-        step = self._clock.step(self._pipe.scheduler, given["timestep"])
+        step = self._clock.step(self._pipe.scheduler, given_to(network, args, kwargs)["timestep"])
         self._number = self._number + 1 if step == self._step else 0
         self._step = step
         return step, self._number
+
+    def state(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The scheduler's state at this call, with what the network sees besides (masks) behind it."""
+        return unscaled(self._pipe.scheduler, seen(args, kwargs), given_to(network, args, kwargs)["timestep"])
 
 
 class Reference:
@@ -54,17 +55,21 @@ class Reference:
 
     Attributes:
         outputs: of the network, by step and number of the call.
+        states: that it was called with; see `Follower.state`.
+        pending: output and state of each call of the last edit, until it is accepted.
         seconds: of each network call.
     """
 
     def __init__(self) -> None:
         self.outputs: dict[tuple[int, int], Tensor] = {}
-        self.pending: dict[tuple[int, int], Tensor] = {}
+        self.states: dict[tuple[int, int], Tensor] = {}
+        self.pending: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.seconds: list[float] = []
 
     def accept(self) -> None:
         """Make what the last edit gave the reference."""
-        self.outputs.update(self.pending)
+        for key, (output, state) in self.pending.items():
+            self.outputs[key], self.states[key] = output, state
         self.pending = {}
 
 
@@ -75,154 +80,58 @@ class Recording:
         handle: of the network.
         follower: of the pipeline.
         reference: to fill.
-        change: of the outputs that the pipeline gets, such as for a run that leads to a known picture.
+        change: of zeros, to the outputs that the pipeline gets instead: for a run that leads to a known picture.
     """
 
     def __init__(self, handle: Handle, follower: Follower, reference: Reference, change: Change | None = None):
         self.handle, self.follower, self.reference, self.change = handle, follower, reference, change
+        self._begin = 0
 
     def __call__(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One network call."""
-        engine = self.handle.engine
+        engine, config = self.handle.engine, self.handle.engine.config
         step, number = self.follower.key(self.handle.network, args, kwargs)
+        state = self.follower.state(self.handle.network, args, kwargs)
+        if not self.reference.outputs:
+            self._begin = step
         start = now()
-        if engine.config.reference == "record":
+        if config.reference == "record" and config.exactness != "strict":
             with engine.running("record", engine.cache.new((step, number))):
                 result = forward(*args, **kwargs)
-            engine.cache.check((number + 1) * self.follower.steps)
+            engine.cache.check((number + 1) * (self.follower.steps - self._begin))
         elif self.change is None:
             with engine.running("off"):
                 result = forward(*args, **kwargs)
         else:  # the picture is known, and no features are asked for
-            result = _returned(self._blank(args, kwargs), kwargs)
+            result = returned(self._blank(args, kwargs), kwargs)
         self.reference.seconds.append(now() - start)
         output = output_of(result)
         if self.change is not None:
-            output = self.change(step, output)
+            output = self.change(step, torch.zeros_like(output), state)
             result = with_output(result, output)
         self.reference.outputs[step, number] = output.detach()
+        self.reference.states[step, number] = state.detach()
         return result
 
     def _blank(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Zeros in the shape of the network's output."""
-        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        self.handle.engine.input_size = (x.shape[-2], x.shape[-1])
-        return x.new_zeros(len(x), self.handle.network.config.out_channels, *x.shape[2:])
+        x, config = seen(args, kwargs), cast(Any, self.handle.network.config)
+        channels: int = config.out_channels or config.in_channels
+        if x.ndim == 4:
+            return x.new_zeros(len(x), channels, *x.shape[2:])
+        self.handle.engine.input_size = token_grid(kwargs["img_ids"])  # as no call of the network tells it
+        return x.new_zeros(*x.shape[:2], channels)
 
 
-class Editing:
-    """Replays the reference up to a step, and from there computes the region alone.
+def seen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a network sees, its first tensor."""
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
-    Args:
-        handle: of the network.
-        follower: of the pipeline.
-        reference: of the run that is edited.
-        mask: bool, (masks, rows, columns), at the picture's resolution.
-        start: first step that is computed.
-        change: of the reference's outputs, inside of the mask, before `start`.
-        dense: run the whole network in every step, for comparison.
-    """
 
-    def __init__(
-        self,
-        handle: Handle,
-        follower: Follower,
-        reference: Reference,
-        mask: Any,
-        start: int,
-        change: Change | None = None,
-        dense: bool = False,
-    ):
-        self.handle, self.follower, self.reference, self.mask = handle, follower, reference, mask
-        self.start, self.change = start, change
-        self.dense = dense or handle.engine.config.exactness == "strict"
-        self.calls: Counter[str] = Counter()
-        self.seconds: dict[str, list[float]] = {}
-        self.probes: list[tuple[int, int, float]] = []
-        self.region: Region | None = None
-        self._margin = handle.engine.config.margin
-
-    def __call__(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One network call."""
-        step, number = key = self.follower.key(self.handle.network, args, kwargs)
-        if key not in self.reference.outputs:
-            raise ValueError(
-                f"the reference has no network call {number + 1} at step {step + 1}; an edit has the reference's "
-                "number of steps, guidance and pictures"
-            )
-        known = self.reference.outputs[key]
-        rows = len(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
-        if rows != len(known):
-            raise ValueError(
-                f"the reference was made with batches of {len(known)}, and the edit has {rows}; keep the number of "
-                "pictures, and guidance on or off as it was"
-            )
-        if step < self.start:
-            self.calls["replayed"] += 1
-            new = known if self.change is None else self.composed(self.change(step, known), known)
-            self.reference.pending[key] = new
-            return _returned(new, kwargs)
-        result, how = self._computed(key, forward, args, kwargs)
-        self.calls[how] += 1
-        new = self.composed(output_of(result), known)
-        self.reference.pending[key] = new
-        return with_output(result, new)
-
-    def composed(self, new: Tensor, known: Tensor) -> Tensor:
-        """`new` in the mask, `known` outside."""
-        return torch.where(self._inside(new), new, known.to(new))
-
-    def _computed(self, key: tuple[int, int], forward: Forward, args: Any, kwargs: Any) -> tuple[Any, str]:
-        engine = self.handle.engine
-        step, number = key
-        if self.dense:
-            return self._timed("dense", forward, args, kwargs, "off")
-        if engine.config.reference == "self":
-            key = ("self", number)  # type: ignore[assignment]
-            if (step - self.start) % engine.config.refresh == 0 or key not in engine.cache:
-                return self._timed("dense", forward, args, kwargs, "record", engine.cache.new(key))
-        if self.region is None:
-            self.region = self.handle.region(self.mask, self._margin)
-        if engine.config.exactness == "bounded" and step in (self.start, (self.start + self.follower.steps) // 2):
-            return self._probed(key, step, forward, args, kwargs)
-        if self.region.dense:
-            return self._whole(key, forward, args, kwargs)
-        return self._timed("sparse", forward, args, kwargs, "sparse", engine.cache[key], self.region)
-
-    def _whole(self, key: Key, forward: Forward, args: Any, kwargs: Any) -> tuple[Any, str]:
-        """The region is too large to be worth it."""
-        engine: Engine = self.handle.engine
-        if engine.config.reference == "self":
-            return self._timed("dense", forward, args, kwargs, "off")
-        return self._timed("dense", forward, args, kwargs, "record", engine.cache.offer(key))
-
-    def _probed(self, key: Key, step: int, forward: Forward, args: Any, kwargs: Any) -> tuple[Any, str]:
-        """Grow the margin until the sparse network is near enough to the dense one; the dense result is used."""
-        engine = self.handle.engine
-        truth, _ = self._timed("probe", forward, args, kwargs, "off")
-        true = output_of(truth)
-        inside = self._inside(true).expand_as(true)
-        while True:
-            assert self.region is not None
-            if self.region.dense:
-                return self._whole(key, forward, args, kwargs)
-            near, _ = self._timed("sparse", forward, args, kwargs, "sparse", engine.cache[key], self.region)
-            error = float((output_of(near) - true)[inside].norm() / true[inside].norm())
-            self.probes.append((step, self._margin, error))
-            if error <= engine.config.tolerance:
-                return truth, "dense"
-            self._margin = max(1, 2 * self._margin)
-            self.region = self.handle.region(self.mask, self._margin)
-
-    def _timed(self, how: str, forward: Forward, args: Any, kwargs: Any, *running: Any) -> tuple[Any, str]:
-        start = now()
-        with self.handle.engine.running(*running):
-            result = forward(*args, **kwargs)
-        self.seconds.setdefault(how, []).append(now() - start)
-        return result, how
-
-    def _inside(self, output: Tensor) -> Tensor:
-        return self.handle.inside(self.mask, output)
+def given_to(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a network call by name."""
+    names = list(inspect.signature(type(network).forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def output_of(result: Any) -> Tensor:
@@ -230,7 +139,7 @@ def output_of(result: Any) -> Tensor:
     return result if isinstance(result, Tensor) else result[0]
 
 
-def _returned(output: Tensor, kwargs: dict[str, Any]) -> Any:
+def returned(output: Tensor, kwargs: dict[str, Any]) -> Any:
     """As networks return it."""
     return (output,) if kwargs.get("return_dict") is False else Transformer2DModelOutput(output)
 

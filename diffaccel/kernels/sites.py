@@ -7,14 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from diffaccel.kernels.hooks import AttentionHook, Kind, NormHook, SiteHook, UpsampleHook, WindowHook
+from diffaccel.kernels.hooks import AttentionHook, BesideHook, Kind, SiteHook, UpsampleHook, WindowHook
+from diffaccel.kernels.norms import NormHook
 from diffaccel.kernels.tokens import TOKEN_PATHS, token_sites
 
 # First and last module on the map, and what is beside the path from one to the other.
 PATHS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
     "UNet2DConditionModel": ("conv_in", "conv_out", ()),
     "UNet2DModel": ("conv_in", "conv_out", ()),
-    "ControlNetModel": ("conv_in", None, ("controlnet_cond_embedding.",)),
+    "ControlNetModel": ("conv_in", None, ("controlnet_cond_embedding",)),
     "Decoder": ("conv_in", "conv_out", ()),
 }
 
@@ -38,22 +39,27 @@ def sites(engine: Any, network: nn.Module) -> Iterator[tuple[nn.Module, SiteHook
 
 def _map_sites(engine: Any, network: nn.Module, cls: str) -> Iterator[tuple[nn.Module, SiteHook]]:
     entry, leave, beside = PATHS[cls]
+    wrapped: list[str] = []
     for name, module in network.named_modules():
-        if name.startswith(beside):
+        if name.startswith(tuple(f"{one}." for one in (*beside, *wrapped))):
             continue
         parent = network.get_submodule(name.rpartition(".")[0])
-        if (reason := _refused(name, module)) is not None:
+        inner = getattr(module, "base_layer", module)  # of LoRA, which is hooked as a whole
+        if (reason := _refused(name, inner)) is not None:
             raise ValueError(f"{type(network).__name__} has {reason}; sparse edits do not know it")
-        if isinstance(module, nn.Conv2d | nn.AvgPool2d):
+        if name in beside:
+            yield module, BesideHook(engine, name)
+        elif isinstance(inner, nn.Conv2d | nn.AvgPool2d):
+            wrapped.append(name)
             kind: Kind = "inner"
-            if _named(name, entry):
+            if name == entry:
                 kind = "entry"
-            elif leave is not None and _named(name, leave):
+            elif name == leave:
                 kind = "exit"
-            elif any(type(p).__name__ == "Upsample2D" for p in (parent, _above(network, name, 2))):
+            elif type(parent).__name__ == "Upsample2D":
                 kind = "upsampled"
-            if kind != "inner" or _pair(module.kernel_size) != (1, 1) or _pair(module.stride) != (1, 1):
-                yield module, WindowHook(engine, name, kind, _trailing(parent, _above(network, name, 2)))
+            if kind != "inner" or _pair(inner.kernel_size) != (1, 1) or _pair(inner.stride) != (1, 1):
+                yield module, WindowHook(engine, name, kind, _trailing(parent))
         elif isinstance(module, nn.GroupNorm):
             yield module, NormHook(engine, name)
         elif type(module).__name__ == "Upsample2D":
@@ -91,19 +97,9 @@ def _refused(name: str, module: Any) -> str | None:
     return None
 
 
-def _trailing(*parents: Any) -> int:
+def _trailing(parent: Any) -> int:
     """`Downsample2D` with padding 0 appends a row and a column of zeros."""
-    return int(any(type(p).__name__ == "Downsample2D" and p.use_conv and p.padding == 0 for p in parents))
-
-
-def _above(network: nn.Module, name: str, levels: int) -> nn.Module | None:
-    """Where LoRA wraps a layer, the layer's parent is one level up."""
-    parts = name.split(".")
-    return network.get_submodule(".".join(parts[:-levels])) if len(parts) > levels else None
-
-
-def _named(name: str, module: str) -> bool:
-    return name == module or name.startswith(f"{module}.")
+    return int(type(parent).__name__ == "Downsample2D" and parent.use_conv and parent.padding == 0)
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -123,7 +123,7 @@ class TokenSequence:
             the batch, which then have equal active tokens.
 
     Attributes:
-        count: tokens of the picture, as recorded.
+        count: tokens of the picture in the last whole call.
     """
 
     def __init__(self, flux: bool):
@@ -155,10 +155,9 @@ class TokensInHook(SiteHook):
             layout = engine.layout(engine.sequence.count)
             return self.original(layout.read(x)) if x.ndim == 3 else layout.read(self.original(x))
         out = self.original(x)
-        if engine.mode == "record":
-            engine.sequence.count = out.shape[1]
-            if x.ndim == 4:
-                engine.input_size = (x.shape[-2] // module.patch_size, x.shape[-1] // module.patch_size)
+        engine.sequence.count = out.shape[1]
+        if x.ndim == 4:
+            engine.input_size = (x.shape[-2] // module.patch_size, x.shape[-1] // module.patch_size)
         return out
 
 
@@ -193,12 +192,12 @@ class RotaryHook(SiteHook):
         """As `SiteHook` says; ids are (prompt and picture, 3)."""
         engine = self.engine
         prompt = len(ids) - engine.sequence.count
-        if engine.mode == "record":
+        if engine.mode != "sparse":
             engine.input_size = token_grid(ids[prompt:])
-        if engine.mode == "sparse":
+        else:
             active = engine.layout(engine.sequence.count).indices(ids.device)[0]
             first = ids[:0] if engine.config.text == "frozen" else ids[:prompt]
-            ids = torch.cat([first, ids[prompt:][: len(active)]])
+            ids = torch.cat([first, ids[prompt:][active]])
         return self.original(ids)
 
 
