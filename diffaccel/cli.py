@@ -1,4 +1,4 @@
-"""The command line: `diffaccel demo`, `diffaccel sample`, `diffaccel eval`, `diffaccel prune`, `diffaccel list`."""
+"""The command line: `diffaccel demo`, `sample`, `eval`, `prune`, `edit-demo` and `list`."""
 
 from __future__ import annotations
 

@@ -131,8 +131,8 @@ class FeatureCache:
     def kept(self, value: Tensor, exact: bool = False) -> Tensor:
         """The tensor as it waits; an exact one is a copy, since callers have it too."""
         dtype = self._dtype if value.is_floating_point() and not exact else None
-        part = value.untyped_storage().nbytes() > value.numel() * value.element_size()  # would hold all of it
-        return value.detach().to(device=self._device, dtype=dtype, copy=exact or part)
+        part = not torch.compiler.is_compiling() and value.untyped_storage().nbytes() > value.nbytes
+        return value.detach().to(device=self._device, dtype=dtype, copy=exact or part)  # a part would keep the whole
 
 
 class BoxLayout:

@@ -122,7 +122,7 @@ class Editing:
         """Of the sparse ones, the first and the one in the middle."""
         config = self.handle.engine.config
         steps = range(self.start, self.follower.steps)
-        sparse = [step for step in steps if not config.refresh or (step - self.start) % config.refresh]
+        sparse = [step for step in steps if self._recorded or (step - self.start) % config.refresh]
         return [sparse[0], sparse[len(sparse) // 2]] if sparse and config.exactness == "bounded" else []
 
     def _whole(self, key: Key, forward: Forward, args: Any, kwargs: Any) -> tuple[Any, str]:

@@ -60,6 +60,9 @@ class Engine:
         self.mode, self.slot = mode, Slot(self.cache) if slot is None else slot
         if region is not self.region:
             self.region, self._layouts = region, {}
+            for tokens, size in self._grids.items() if region is not None else ():  # before torch.compile looks on
+                self.boxes(size)
+                self.layout(tokens)
         try:
             yield
         finally:

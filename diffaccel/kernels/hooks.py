@@ -222,7 +222,7 @@ class AttentionHook(SiteHook):
         if seen.calls != 1:
             raise RuntimeError(
                 f"{self.name} called scaled_dot_product_attention {seen.calls} times, and sparse edits need one call; "
-                "give the module the processor that does: attention.set_processor(AttnProcessor2_0()), projections unfused"
+                "give the module a processor that does, attention.set_processor(AttnProcessor2_0()), and do not fuse it"
             )
         return out
 

@@ -15,7 +15,7 @@ def encode(pipe: Any, picture: Any, *, height: int | None = None, width: int | N
     """Latents of a picture as the network takes them, (B, C, h, w).
 
     Args:
-        pipe: a pipeline with an `AutoencoderKL`.
+        pipe: a pipeline with an `AutoencoderKL` or `AutoencoderTiny`.
         picture: what the pipeline's image processor takes.
         height: pixels to resize to; the picture's own by default.
         width: likewise.
@@ -27,7 +27,8 @@ def encode(pipe: Any, picture: Any, *, height: int | None = None, width: int | N
     if vae is None or not hasattr(vae, "encode") or not hasattr(vae.config, "scaling_factor"):
         raise TypeError(f"{type(pipe).__name__} has no VAE with a scaling factor, which pictures are encoded with")
     pixels = pipe.image_processor.preprocess(picture, height=height, width=width).to(pipe._execution_device, vae.dtype)
-    raw = vae.encode(pixels).latent_dist.mode()
+    told = vae.encode(pixels)
+    raw = told.latents if hasattr(told, "latents") else told.latent_dist.mode()  # `AutoencoderTiny`
     mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
     if mean is not None and std is not None:  # Playground
         mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(raw) for values in (mean, std))
@@ -91,7 +92,7 @@ def levels(scheduler: Any, step: int | None) -> tuple[float, float]:
         return 0.0, float(getattr(scheduler, "init_noise_sigma", 1.0))
     between = getattr(scheduler, "sigmas_interpol", None)
     if between is not None and not scheduler.state_in_first_order:  # DPM2's second call has a sigma of its own
-        return 1.0, float(between[step])
+        return 1.0, float(between[step - ("Ancestral" in type(scheduler).__name__)])
     time = scheduler.timesteps[step : step + 1]
     one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     if hasattr(scheduler, "add_noise"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import os
 from collections.abc import Callable
@@ -60,19 +61,19 @@ def gradio() -> Any:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_RUN_HISTORY"] = "False"
     try:
-        import gradio as gr
+        return importlib.import_module("gradio")
     except ImportError:
         raise ImportError("edit-demo needs gradio; pip install 'diffaccel[demo]'") from None
-    return gr
 
 
 def launch(page: Any, port: int) -> Any:
     """Start serving, for browsers of this machine only; returns app, address and None."""
     gr = gradio()
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    css = "#table :is(td, th):not(:first-child) { white-space: nowrap }"
     local = {"server_name": "127.0.0.1", "server_port": port, "share": False, "ssr_mode": False}
     return page.launch(
-        **local, theme=theme, footer_links=[], quiet=True, prevent_thread_lock=True, max_file_size="64mb"
+        **local, theme=theme, css=css, footer_links=[], quiet=True, prevent_thread_lock=True, max_file_size="64mb"
     )
 
 
@@ -239,7 +240,7 @@ def _told(gr: Any, action: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return action(*args)
         except (ValueError, TypeError, RuntimeError, MemoryError) as error:
-            gr.Warning(str(error), title="Not done", duration=8)
+            gr.Warning(str(error))
             return gr.skip()
 
     return careful

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image, ImageOps
 
+from diffaccel.kernels.comparison import Comparison
 from diffaccel.kernels.config import SparseEditConfig
 from diffaccel.kernels.pipeline import SparseEditPipeline
 from diffaccel.kernels.region import read_mask
@@ -20,63 +22,6 @@ from diffaccel.sample import load_pipeline
 from diffaccel.samplers.catalog import DEFAULT, scheduler
 
 Tell = Callable[[float, str], Any]  # share that is done, and of what
-CLOSE = 1.05  # a ratio of times, measured once, that says nothing
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """An edit, made twice.
-
-    Attributes:
-        pictures: by "dense" and "sparse".
-        reports: likewise, of what was measured.
-        difference: root mean square difference of the two in the mask, of 1.
-        edits, dense_seconds, sparse_seconds: of all edits of this picture; the reference is in the sparse ones.
-        recomputed: the picture before, with the mask and the recomputed boxes drawn in.
-    """
-
-    pictures: dict[str, Image.Image]
-    reports: dict[str, EditReport]
-    difference: float
-    edits: int
-    dense_seconds: float
-    sparse_seconds: float
-    recomputed: Image.Image
-
-    def verdict(self) -> str:
-        """Who was faster, in a sentence or two; nothing that was not measured."""
-        dense, sparse = self.reports["dense"], self.reports["sparse"]
-        times = f"sparse {sparse.seconds:.2f} s, dense {dense.seconds:.2f} s, end to end, measured once each"
-        if "sparse" not in sparse.calls:
-            first = f"**No gain: this edit ran dense.** It took {sparse.seconds:.2f} s, dense {dense.seconds:.2f} s."
-        elif dense.seconds > CLOSE * sparse.seconds:
-            first = f"**Sparse was {dense.seconds / sparse.seconds:.1f} times as fast as dense**: {times}."
-        elif sparse.seconds > CLOSE * dense.seconds:
-            first = f"**Sparse lost: it was {sparse.seconds / dense.seconds:.1f} times as slow as dense**: {times}."
-        else:
-            first = f"**Sparse and dense took about the same time**: {times}."
-        return f"{first} Note: {sparse.note}." if sparse.note else first
-
-    def table(self) -> str:
-        """What was measured, as a table in Markdown."""
-        dense, sparse = self.reports["dense"], self.reports["sparse"]
-        calls = [report.call_seconds.get(kind) for kind, report in self.reports.items()]
-        edits = "1 edit" if self.edits == 1 else f"{self.edits} edits"
-        rows = [
-            ("this edit, end to end", *_times(dense.seconds, sparse.seconds)),
-            ("one call of the network (median)", *_times(*calls)),
-            ("calls of the network", _calls(dense), _calls(sparse), ""),
-            (f"{edits}, making the reference included", *_times(self.dense_seconds, self.sparse_seconds)),
-            ("share of the picture that was recomputed", f"{dense.share:.0%}", f"{sparse.share:.0%}", ""),
-            ("seam: change in the 8 pixels around the mask", _error(dense.seam), _error(sparse.seam), ""),
-            ("difference to the dense picture, in the mask", "", _error(self.difference), ""),
-            *(
-                ("probe: error of a network call, in the mask", "", f"{error[2]:.2%}", "")
-                for error in sparse.probes[-1:]
-            ),
-            ("memory for kept features", "", f"{sparse.memory / 2**20:,.0f} MiB", ""),
-        ]
-        return "\n".join(f"| {' | '.join(row)} |" for row in [("", "dense", "sparse", "gain"), ("---",) * 4, *rows])
 
 
 class Workbench:
@@ -104,7 +49,8 @@ class Workbench:
         self.size = max(256, self.own_size) if size is None else size
         if self.size < 8 or self.size % 8:
             raise ValueError(f"--size must be a multiple of 8, such as 256, not {self.size}")
-        self.editor = SparseEditPipeline(pipe)
+        # Features of all steps can be gigabytes; half, since an edit keeps its own besides until it is accepted.
+        self.editor = SparseEditPipeline(pipe, SparseEditConfig(memory_limit=_free_memory(pipe.device) // 2))
         self._call = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
         if "callback_on_step_end" in names:
             self._call["callback_on_step_end"] = self._stepped
@@ -270,19 +216,10 @@ def load(model: str) -> Any:
     return pipe
 
 
+def _free_memory(device: torch.device) -> int:
+    """Bytes."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def _times(dense: float | None, sparse: float | None) -> tuple[str, str, str]:
-    """Two times, and by what factor the second is the shorter one."""
-    texts = ["" if seconds is None else f"{seconds:.3f} s" for seconds in (dense, sparse)]
-    return texts[0], texts[1], "" if dense is None or sparse is None else f"{dense / sparse:.2f}x"
-
-
-def _calls(report: EditReport) -> str:
-    return ", ".join(f"{count} {kind}" for kind, count in report.calls.items())
-
-
-def _error(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"

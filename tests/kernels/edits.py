@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import diffusers
@@ -49,8 +50,7 @@ def ours(name: str, **config: Any) -> Any:
 
 def editor_of(pipe: Any, **config: Any) -> SparseEditPipeline:
     """All steps sparse where they can be, and no fall back to dense."""
-    plain = {"margin": 1, "dense_above": 1.0, "refresh": 2 if config.get("reference") == "self" else 0}
-    return SparseEditPipeline(pipe, SparseEditConfig(**plain | config))
+    return SparseEditPipeline(pipe, SparseEditConfig(**{"margin": 1, "dense_above": 1.0, "refresh": 2} | config))
 
 
 def toy(name: str = "sd", scheduler: Any = None) -> tuple[Any, dict[str, Any]]:
@@ -64,7 +64,7 @@ def toy(name: str = "sd", scheduler: Any = None) -> tuple[Any, dict[str, Any]]:
     if "mask_image" in call:
         call["mask_image"] = torch.zeros(1, 1, SIDE, SIDE)
         call["mask_image"][..., SIDE // 2 :] = 1
-    if name != "dit" and "img2img" not in name:
+    if "height" in inspect.signature(type(pipe).__call__).parameters:
         call |= {"height": SIDE, "width": SIDE}
     return pipe, {**call, "num_inference_steps": STEPS}
 
@@ -100,16 +100,3 @@ class Latents(list[Tensor]):
     def __call__(self, pipe: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
         self.append(given["latents"])
         return {}
-
-
-def spy(editor: SparseEditPipeline) -> list[tuple[int, ...]]:
-    """Shapes of what the network's first layer sees from now on: a map, or the boxes of a region."""
-    seen: list[tuple[int, ...]] = []
-    network = editor.handle.network
-    layer: Any = getattr(network, "mid_block", None) or network.transformer_blocks[0]  # type: ignore[reportIndexIssue]
-    layer.register_forward_pre_hook(lambda module, args, kwargs: seen.append(first(args, kwargs)), with_kwargs=True)
-    return seen
-
-
-def first(args: Any, kwargs: Any) -> tuple[int, ...]:
-    return tuple(next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).shape)

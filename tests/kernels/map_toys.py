@@ -16,7 +16,7 @@ from diffaccel.kernels import Handle, SparseEditConfig, apply_sparse_edit
 Inputs = dict[str, Any]
 
 
-def sd(**config: Any) -> nn.Module:
+def sd(**config: Any) -> Any:
     defaults: dict[str, Any] = {
         "block_out_channels": (16, 32, 32),
         "layers_per_block": 1,
@@ -29,7 +29,7 @@ def sd(**config: Any) -> nn.Module:
     return diffusers.UNet2DConditionModel(**(defaults | config))
 
 
-def sdxl() -> nn.Module:
+def sdxl() -> Any:
     return sd(
         use_linear_projection=True,
         transformer_layers_per_block=(1, 2, 2),
@@ -39,7 +39,7 @@ def sdxl() -> nn.Module:
     )
 
 
-def ddpm(**config: Any) -> nn.Module:
+def ddpm(**config: Any) -> Any:
     defaults: dict[str, Any] = {
         "in_channels": 4,
         "out_channels": 4,
@@ -54,13 +54,13 @@ def ddpm(**config: Any) -> nn.Module:
     return diffusers.UNet2DModel(**(defaults | config))
 
 
-def ddpm_resnet() -> nn.Module:
+def ddpm_resnet() -> Any:
     """ResNets halve and double; the embedding scales and shifts."""
     return ddpm(downsample_type="resnet", upsample_type="resnet", resnet_time_scale_shift="scale_shift")
 
 
 def controlnet() -> Any:
-    net = diffusers.ControlNetModel(
+    net: Any = diffusers.ControlNetModel(
         block_out_channels=(16, 32, 32),
         layers_per_block=1,
         norm_num_groups=4,
@@ -74,22 +74,22 @@ def controlnet() -> Any:
     return net
 
 
-def decoder() -> nn.Module:
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        norm_num_groups=4,
-    )
-    return vae.decoder
+def decoder() -> Any:
+    config: dict[str, Any] = {
+        "block_out_channels": (8, 16, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    }
+    return diffusers.AutoencoderKL(**config).decoder
 
 
-def emoji() -> nn.Module:
+def emoji() -> Any:
     return diffaccel.zoo.load("emoji-sd").unet
 
 
-BUILD: dict[str, Callable[[], nn.Module]] = {
+BUILD: dict[str, Callable[[], Any]] = {
     "emoji": emoji,
     "sd": sd,
     "sdxl": sdxl,
@@ -99,7 +99,7 @@ BUILD: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def toy(name: str) -> nn.Module:
+def toy(name: str) -> Any:
     torch.manual_seed(0)
     return BUILD[name]().eval()
 
@@ -111,7 +111,7 @@ def inputs(name: str, size: tuple[int, int] = (32, 24), batch: int = 2, seed: in
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    x = {"sample": randn(batch, 4, *size)}
+    x: Inputs = {"sample": randn(batch, 4, *size)}
     if name in ("ddpm", "ddpm_resnet"):
         return x | {"timestep": torch.tensor(500)}
     if name == "decoder":
@@ -129,13 +129,13 @@ def changed(given: Inputs, mask: np.ndarray, seed: int = 1) -> Inputs:
     return given | {"sample": torch.where(torch.from_numpy(mask), new.to(x), x)}
 
 
-def call(network: nn.Module, given: Inputs) -> Tensor:
+def call(network: Any, given: Inputs) -> Tensor:
     with torch.no_grad():
         out = network(**given)
     return out if isinstance(out, Tensor) else out.sample
 
 
-def recorded(network: nn.Module, given: Inputs, maps: bool = True, **config: Any) -> tuple[Handle, Tensor]:
+def recorded(network: Any, given: Inputs, maps: bool = True, **config: Any) -> tuple[Handle, Tensor]:
     handle = apply_sparse_edit(network, SparseEditConfig(**config), maps=maps)
     with handle.record():
         out = call(network, given)

@@ -28,7 +28,10 @@ def test_boxes_hold_every_pixel_and_are_few(at_most: int) -> None:
         assert not (mask & ~painted(boxes, mask.shape)).any()
         for top, left, bottom, right in boxes:  # none is larger than what it holds
             inside = mask[top:bottom, left:right]
-            assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any()
+            assert inside[0].any()
+            assert inside[-1].any()
+            assert inside[:, 0].any()
+            assert inside[:, -1].any()
 
 
 def test_parts_are_found_one_by_one() -> None:
@@ -63,7 +66,8 @@ def test_noise_takes_no_pairs_of_pairs() -> None:
     mask = np.zeros((160, 160), bool)
     mask[::4, ::4] = True
     boxes = bounding_boxes(mask, 4)
-    assert len(boxes) <= 4 and not (mask & ~painted(boxes, mask.shape)).any()
+    assert len(boxes) <= 4
+    assert not (mask & ~painted(boxes, mask.shape)).any()
 
 
 def test_touching_boxes() -> None:
@@ -114,11 +118,14 @@ def test_common_size_inside_the_map() -> None:
                 row.append((top, left, int(rng.integers(top, size[0])) + 1, int(rng.integers(left, size[1])) + 1))
             rows.append(row)
         boxes = same_size(rows, size)
-        assert boxes.count == max(map(len, rows)) and {len(row) for row in boxes.corners} == {boxes.count}
+        assert boxes.count == max(map(len, rows))
+        assert {len(row) for row in boxes.corners} == {boxes.count}
         for row, corners in zip(rows, boxes.corners, strict=True):
             for box, (top, left) in zip([*row, *[row[-1]] * (boxes.count - len(row))], corners, strict=True):
-                assert 0 <= top <= box[0] and box[2] <= top + boxes.height <= size[0]
-                assert 0 <= left <= box[1] and box[3] <= left + boxes.width <= size[1]
+                assert 0 <= top <= box[0]
+                assert box[2] <= top + boxes.height <= size[0]
+                assert 0 <= left <= box[1]
+                assert box[3] <= left + boxes.width <= size[1]
 
 
 def test_places_go_by_mask_then_by_box() -> None:

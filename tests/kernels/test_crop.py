@@ -1,5 +1,7 @@
 """The crop executor's tensor work, against whole maps and plain indexing."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -73,7 +75,8 @@ def test_regions_out_of_maps_and_back(boxes: Boxes) -> None:
     kept = full.clone()
     assert (crop.place(full, crop.crop(new, boxes), boxes) == expected).all()
     assert (full == kept).all()  # a copy
-    assert crop.write(full, crop.crop(new, boxes), boxes) is full and (full == expected).all()
+    assert crop.write(full, crop.crop(new, boxes), boxes) is full
+    assert (full == expected).all()
     assert (crop.place(full.half(), strip, boxes).dtype, crop.cut(full.half(), boxes, like=strip).dtype) == (
         torch.float32,
     ) * 2
@@ -86,9 +89,11 @@ def test_convolution_of_windows(kernel: int, stride: int) -> None:
     weight = torch.randn(3, 2, kernel, kernel, generator=torch.manual_seed(0))
     padding = (kernel - 1) // 2
     for at in some_boxes():
-        size = tuple(stride * (n - 1) + kernel - 2 * padding for n in at.map)  # of the input; the result has at.map
+        size: Any = tuple(
+            stride * (n - 1) + kernel - 2 * padding for n in at.map
+        )  # of the input
         full = torch.randn(4, 2, *size, generator=torch.manual_seed(1))
-        windows = crop.conv_windows(at, size, (kernel,) * 2, (stride,) * 2, (padding,) * 2)
+        windows = crop.conv_windows(at, size, (kernel, kernel), (stride, stride), (padding, padding))
         assert (crop.cut(full, windows) == windows_of(full, windows).flatten(0, 1)).all()
         out = F.conv2d(crop.cut(full, windows), weight, stride=stride)
         whole = F.conv2d(full, weight, stride=stride, padding=padding)
@@ -138,7 +143,7 @@ def test_doubled_windows(odd: int) -> None:
     rng = np.random.default_rng(0)
     for boxes in some_boxes():
         low = picture(boxes)
-        size = tuple(2 * n - odd for n in boxes.map)
+        size: Any = tuple(2 * n - odd for n in boxes.map)
         high = F.interpolate(low, size=size, mode="nearest")
         high_boxes = random_boxes(rng, size, len(boxes.corners), boxes.count)
         at = crop.conv_windows(high_boxes, size, (3, 3), (1, 1), (1, 1))

@@ -1,5 +1,6 @@
 """The crop executor on networks of every kind it knows, against the same networks run whole."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ def spots(size: tuple[int, int]) -> list[np.ndarray]:
     ids=str,
 )
 def test_the_same_input_gives_the_recorded_output(name: str, config: dict[str, Any]) -> None:
-    """Two masks with one and with two boxes, in a batch of four, with odd sizes; twice, to see that nothing is used up."""
+    """Two masks with one and with two boxes, in a batch of four, odd sizes; twice, as nothing is used up."""
     size = size_of(name)
     given = inputs(name, size, batch=4)
     handle, reference = recorded(toy(name), given, **config)
@@ -73,7 +74,7 @@ def test_recording_changes_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", BUILD)
 @pytest.mark.parametrize("norm", ["incremental", "cached"])
 def test_a_mask_of_everything_is_the_dense_network(name: str, norm: Any) -> None:
-    """With another picture and another prompt. Not so with the reference's statistics, which shows that they are used."""
+    """With another picture and another prompt. Not so with the reference's statistics: they are used."""
     size = size_of(name)
     network, everything = toy(name), np.ones(size, bool)
     other = inputs(name, size, seed=1)
@@ -116,7 +117,7 @@ def test_margins_bring_it_nearer_to_the_dense_network(name: str) -> None:
         errors.append(error(edited(handle, mask, other), dense, inside))
         handle.remove()
     assert errors[0] < error(reference, dense, inside)
-    assert all(after < 1.05 * before for before, after in zip(errors, errors[1:], strict=False)), errors
+    assert all(after < 1.05 * before for before, after in itertools.pairwise(errors)), errors
     assert errors[-1] < 0.5 * errors[0], errors
 
 
@@ -131,9 +132,10 @@ def test_decoder_without_maps() -> None:
         again = edited(handle, mask, given)
         errors.append(error(again, reference, np.kron(mask, np.ones((4, 4), bool))))
         boxes = handle.region(mask).boxes(96, 80)
-        assert boxes is not None and boxes.height == 16 + 2 * margin
+        assert boxes is not None
+        assert boxes.height == 16 + 2 * margin
     assert errors[0] > 1e-2
-    assert all(after < before for before, after in zip(errors, errors[1:], strict=False)), errors
+    assert all(after < before for before, after in itertools.pairwise(errors)), errors
     assert errors[-1] < 1e-2, errors
     everything = recorded(toy("decoder"), given, maps=False, dense_above=1.0)[0]
     assert error(edited(everything, np.ones(size, bool), given), reference) < 1e-5

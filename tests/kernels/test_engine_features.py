@@ -11,15 +11,16 @@ from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProces
 from diffusers.utils import recurse_remove_peft_layers
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from diffaccel.kernels import Handle, SparseEditConfig, apply_sparse_edit
-from tests.kernels.map_toys import Inputs, call, changed, edited, error, inputs, recorded, sd, square, toy
+from tests.kernels.map_toys import Inputs, call, changed, ddpm, edited, error, inputs, recorded, sd, square, toy
 
 SIZE = (32, 24)
 MASK = square(SIZE, 3, 2) | square(SIZE, 20, 14)
 OTHER = square(SIZE, 18, 4)
 EVERYTHING = np.ones(SIZE, bool)
-EXACT = {"norm": "incremental", "dense_above": 1.0}
+EXACT: dict[str, Any] = {"norm": "incremental", "dense_above": 1.0}
 
 
 def traces(network: nn.Module) -> list[str]:
@@ -157,7 +158,7 @@ def test_inference_mode() -> None:
 def test_attention_that_is_computed_otherwise(processor: Any) -> None:
     network = toy("sd")
     network.set_attn_processor(processor)
-    with pytest.raises(RuntimeError, match="attn1 called scaled_dot_product_attention 0 times.*AttnProcessor2_0"):
+    with pytest.raises(RuntimeError, match=r"attn1 called scaled_dot_product_attention 0 times.*AttnProcessor2_0"):
         recorded(network, inputs("sd", SIZE))
 
 
@@ -175,6 +176,32 @@ def test_masks_of_ip_adapters() -> None:
     network, given = toy("sd"), inputs("sd", SIZE)
     with pytest.raises(ValueError, match="ip_adapter_masks"):
         recorded(network, given | {"cross_attention_kwargs": {"ip_adapter_masks": [torch.ones(1, 1, 8, 8)]}})
+
+
+def test_compiled_after_the_hooks() -> None:
+    """Records and edits are one graph each, which serves all steps; the second record knows the sizes of the levels."""
+    small = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    torch.manual_seed(0)
+    network = ddpm(block_out_channels=(8, 8), **small).eval()
+    handle = apply_sparse_edit(network, SparseEditConfig(margin=1))
+    steps, mask = [inputs("ddpm", (16, 16), seed=seed) for seed in range(3)], square((16, 16), 2, 2)
+    with torch.no_grad():
+        for key, given in enumerate(steps):
+            with handle.record(key):
+                network(**given)
+    plain = [edited(handle, mask, changed(given, mask), key) for key, given in enumerate(steps)]
+    handle.reject()
+    graphs = CompileCounter()
+    compiled = torch.compile(network, backend=graphs, fullgraph=True)
+    for key, given in enumerate(steps):
+        with handle.record(key):
+            call(compiled, given)
+    for key, given in enumerate(steps):
+        with handle.edit(mask, key):
+            assert error(call(compiled, changed(given, mask)), plain[key]) < 1e-5
+    assert graphs.frame_count <= 3
+    handle.accept()
+    assert error(edited(handle, mask, changed(steps[0], mask)), plain[0]) < 1e-5
 
 
 # Edits in a row
@@ -202,7 +229,13 @@ def test_accepted_edits_are_the_reference(name: str, config: Any) -> None:
 def test_an_accepted_edit_of_everything_is_as_if_recorded() -> None:
     """Every feature is then that of the new picture, whether its level ran dense or not."""
     given, new = inputs("sd", SIZE), inputs("sd", SIZE, seed=1)
-    for config in (EXACT, EXACT | {"dense_below": 8}, EXACT | {"dense_below": 16}, {"dense_above": 0.5}):
+    configs: list[dict[str, Any]] = [
+        EXACT,
+        EXACT | {"dense_below": 8},
+        EXACT | {"dense_below": 16},
+        {"dense_above": 0.5},
+    ]
+    for config in configs:
         handle, _ = recorded(toy("sd"), given, **config)
         edited(handle, EVERYTHING, new)
         handle.accept()
@@ -285,7 +318,7 @@ def test_memory_limit() -> None:
     taken = handle.engine.cache.bytes()
     assert 2**18 < taken < 3 * 2**20
     handle.engine.cache.check(1)
-    with pytest.raises(MemoryError, match="50 network calls take .* memory_limit is 3 MiB; write cache_dtype"):
+    with pytest.raises(MemoryError, match=r"50 network calls take .* memory_limit is 3 MiB; write cache_dtype"):
         handle.engine.cache.check(50)
 
 
@@ -336,9 +369,8 @@ def test_copies() -> None:
 
 def test_hooks_twice_and_off_twice() -> None:
     network = toy("sd")
-    with apply_sparse_edit(network) as handle:
-        with pytest.raises(ValueError, match="already"):
-            apply_sparse_edit(network)
+    with apply_sparse_edit(network) as handle, pytest.raises(ValueError, match="already"):
+        apply_sparse_edit(network)
     handle.remove()
     assert traces(network) == []
     apply_sparse_edit(network).remove()
@@ -379,6 +411,4 @@ def test_compiled_networks_are_refused() -> None:
 def toy_blocks(down: str, up: str) -> nn.Module:
     if down.startswith("K"):
         return sd(down_block_types=(down,) * 3, up_block_types=(up,) * 3, mid_block_type=None)
-    from tests.kernels.map_toys import ddpm
-
     return ddpm(down_block_types=(down,) * 3, up_block_types=(up,) * 3)

@@ -55,7 +55,8 @@ def test_boxes_of_a_region_at_every_level() -> None:
                 assert touching(sorted(placed)) is None
                 held = np.zeros(level, bool)
                 for top, left, bottom, right in placed:
-                    assert 0 <= top < bottom <= level[0] and 0 <= left < right <= level[1]
+                    assert 0 <= top < bottom <= level[0]
+                    assert 0 <= left < right <= level[1]
                     held[top:bottom, left:right] = True
                 for y, x in zip(*np.nonzero(mask), strict=True):
                     assert held[y >> step, x >> step]
@@ -68,8 +69,10 @@ def test_margins() -> None:
     assert boxes is not None
     assert (boxes.corners, boxes.height, boxes.width) == ((((1, 2),),), 7, 9)
     half, quarter = region.boxes(6, 8), region.boxes(3, 4)
-    assert half is not None and (half.corners, half.height, half.width) == ((((0, 1),),), 4, 5)
-    assert quarter is not None and (quarter.corners, quarter.height, quarter.width) == ((((0, 0),),), 3, 4)
+    assert half is not None
+    assert (half.corners, half.height, half.width) == ((((0, 1),),), 4, 5)
+    assert quarter is not None
+    assert (quarter.corners, quarter.height, quarter.width) == ((((0, 0),),), 3, 4)
     assert region.share == 7 * 9 / (12 * 16)
 
 
@@ -77,7 +80,8 @@ def test_margin_of_odd_levels_is_that_of_even_ones() -> None:
     mask = np.zeros((33, 33), bool)
     mask[16:18, 16:18] = True
     boxes = Region(mask, margin=8).boxes(17, 17)
-    assert boxes is not None and boxes.height == 1 + 2 * 4
+    assert boxes is not None
+    assert boxes.height == 1 + 2 * 4
 
 
 def test_margin_at_finer_levels_is_in_their_own_pixels() -> None:
@@ -90,7 +94,9 @@ def test_dense_above_and_below() -> None:
     assert Region(MASK, margin=1, dense_above=0.1).dense
     assert not Region(MASK, margin=1, dense_above=0.2).dense
     region = Region(MASK, margin=1, dense_below=6)
-    assert region.boxes(12, 16) is not None and region.boxes(6, 8) is None and region.boxes(3, 4) is None
+    assert region.boxes(12, 16) is not None
+    assert region.boxes(6, 8) is None
+    assert region.boxes(3, 4) is None
 
 
 def test_regions_of_nothing_are_refused() -> None:
@@ -138,7 +144,8 @@ def stroke(mask: np.ndarray) -> Image.Image:
 )
 def test_every_kind_of_mask(mask: Any) -> None:
     read = read_mask(mask)
-    assert read.dtype == bool and read.shape == (1, 12, 16)
+    assert read.dtype == bool
+    assert read.shape == (1, 12, 16)
     assert (read[0] == MASK).all()
 
 
@@ -205,7 +212,8 @@ def test_tokens() -> None:
     one[0, 5] = True
     many[4:6, 3:8] = True
     tokens = Region(np.stack([one, many]), margin=1).tokens()
-    assert tokens.shape == (2, 4 * 7) and tokens.dtype == torch.int64
+    assert tokens.shape == (2, 4 * 7)
+    assert tokens.dtype == torch.int64
     assert (tokens.diff(dim=1) > 0).all()
     y, x = np.meshgrid(np.arange(3, 7), np.arange(2, 9), indexing="ij")
     assert tokens[1].tolist() == (y * 11 + x).flatten().tolist()
@@ -221,7 +229,8 @@ def test_tokens_of_a_whole_mask() -> None:
 
 def test_what_is_new() -> None:
     inside = Region(MASK).inside()
-    assert inside.shape == (1, 1, 12, 16) and (inside[0, 0].numpy() == MASK).all()
+    assert inside.shape == (1, 1, 12, 16)
+    assert (inside[0, 0].numpy() == MASK).all()
 
 
 def test_drawing_shows_mask_and_boxes() -> None:
@@ -232,7 +241,8 @@ def test_drawing_shows_mask_and_boxes() -> None:
     assert shown.shape == (240, 320, 3)
     blue = (shown == (0, 90, 255)).all(-1)
     boxes = region.boxes(24, 32)
-    assert boxes is not None and boxes.count == 2
+    assert boxes is not None
+    assert boxes.count == 2
     expected = np.zeros_like(blue)
     for top, left in boxes.corners[0]:
         rows = slice(10 * top, 10 * (top + boxes.height))
@@ -251,9 +261,14 @@ def test_boxes_that_touch_far_below_stay_apart() -> None:
     mask[4:9, 5:12] = mask[22:28, 30:41] = True
     region = Region(mask, margin=2, coarsest=8)
     boxes, half = region.boxes(32, 48), region.boxes(16, 24)
-    assert boxes is not None and boxes.count == 2 and half is not None and half.count == 2
+    assert boxes is not None
+    assert boxes.count == 2
+    assert half is not None
+    assert half.count == 2
     assert region.boxes(8, 12) is None
     near = np.zeros((32, 48), bool)
     near[4:9, 5:12] = near[15:19, 5:12] = True  # here a merged box costs less than a dense level
     merged, quarter = Region(near, margin=2, coarsest=8).boxes(32, 48), Region(near, margin=2, coarsest=8).boxes(8, 12)
-    assert merged is not None and merged.count == 1 and quarter is not None
+    assert merged is not None
+    assert merged.count == 1
+    assert quarter is not None
