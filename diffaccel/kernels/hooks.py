@@ -28,6 +28,7 @@ from diffaccel.kernels.crop import (
     place,
     strip_of,
 )
+from diffaccel.kernels.packed import PackedWeights
 
 Kind = Literal["inner", "entry", "exit", "upsampled"]
 
@@ -84,6 +85,7 @@ class WindowHook(SiteHook):
         super().__init__(engine, name)
         self.kind, self.trailing = kind, trailing
         self.out: tuple[int, int] = (0, 0)
+        self._packed = PackedWeights()
 
     def new_forward(self, module: Any, x: Tensor) -> Tensor:
         """As `SiteHook` says."""
@@ -92,18 +94,22 @@ class WindowHook(SiteHook):
         name = self.turn()
         if self.engine.mode == "record":
             return self._record(name, module, x)
+
+        def forward(x: Tensor) -> Tensor:
+            return self._packed.convolve(module, x) if self._packed.serve(module, x) else self.original(x)
+
         if self.kind == "entry":
             self._check(x)
         before, after = self.engine.boxes(self.size), self.engine.boxes(self.out)
         if self.kind == "upsampled":
-            return self.original(x) if after is None else strip_of(unpadded(module, self.original, x), after)
+            return forward(x) if after is None else strip_of(unpadded(module, forward, x), after)
         x = x[..., : x.shape[-2] - self.trailing, : x.shape[-1] - self.trailing] if self.trailing else x
         if after is None:  # the level below runs dense
-            return self._dense(name, x, before)
+            return forward(self._dense(name, x, before))
         assert before is not None
         windows = conv_windows(after, self.size, *geometry(module))
         pieces = cut(x, windows) if self.kind == "entry" else self.halo(name, x, before, windows)
-        strip = strip_of(unpadded(module, self.original, pieces), after)
+        strip = strip_of(unpadded(module, forward, pieces), after)
         return self._leave(strip, after) if self.kind == "exit" else strip
 
     def _record(self, name: str, module: Any, x: Tensor) -> Tensor:
@@ -128,13 +134,13 @@ class WindowHook(SiteHook):
         return out
 
     def _dense(self, name: str, x: Tensor, before: Boxes | None) -> Tensor:
-        """The whole map out of a strip, or of itself."""
+        """What the module reads where it runs dense: the whole map, out of a strip or of itself."""
         full = x if before is None else place(self.engine.slot[name], x, before)
         if before is None:
             self.offer_whole(name, full)
         else:
             self.engine.slot.offer(name, x, BoxLayout(before))
-        return self.original(F.pad(full, (0, self.trailing) * 2) if self.trailing else full)
+        return F.pad(full, (0, self.trailing) * 2) if self.trailing else full
 
     def _leave(self, strip: Tensor, boxes: Boxes) -> Tensor:
         name = f"{self.name}.out"
@@ -186,11 +192,6 @@ class UpsampleHook(SiteHook):
             engine.slot.put(name, x)
         out = self.original(x, *args, **kwargs)
         self.size, self.high = map_size(x), map_size(out)
-        if any(new not in (2 * old - 1, 2 * old) for old, new in zip(self.size, self.high, strict=True)):
-            raise ValueError(
-                f"{self.name} makes {self.high} of {self.size}, where sparse edits double; choose a height and a width "
-                "that the network halves without a rest"
-            )
         engine.see(self.size)
         engine.see(self.high)
         return out

@@ -20,7 +20,6 @@ from diffaccel.kernels.config import SparseEditConfig
 from diffaccel.kernels.decoder import DecoderEdit
 from diffaccel.kernels.editing import Editing
 from diffaccel.kernels.engine import apply_sparse_edit
-from diffaccel.kernels.grounding import Grounding, replaced
 from diffaccel.kernels.latents import encode, noised, packed, prepared
 from diffaccel.kernels.region import difference_mask, read_mask
 from diffaccel.kernels.report import EditReport, differences, report_of
@@ -233,41 +232,6 @@ class SparseEditPipeline:
 
         self._settle = settle
         return result
-
-    def propose(self, prompt: str, *, looks: int = 3) -> np.ndarray:
-        """A mask for `edit`: where the words of the reference's prompt are seen that `prompt` replaces.
-
-        The network runs dense at `looks` of the reference's steps; see `Grounding`. Look at the mask before you use it.
-
-        Returns:
-            bool, (pictures, rows, columns), at the picture's resolution.
-
-        Raises:
-            RuntimeError: if there is no reference.
-            TypeError: if the pipeline has no tokenizer, or its network shows no attention to single words.
-            ValueError: if the prompt replaces no word.
-        """
-        if self.picture is None:
-            raise RuntimeError("there is no picture to look at yet; call editor.generate(prompt) first")
-        before, tokenizer = self._call.get("prompt"), getattr(self.pipe, "tokenizer", None)
-        if not isinstance(before, str) or tokenizer is None:
-            raise TypeError("words are looked for in one prompt, a text, with the pipeline's tokenizer")
-        words = replaced(tokenizer, before, prompt)
-        self.accept()
-        steps = sorted({step for step, _ in self.reference.outputs})
-        chosen = [steps[round((i + 1) * (len(steps) - 1) / (looks + 1))] for i in range(looks)]
-        grounding = Grounding(self.handle, self._follower, self.reference, words, chosen)
-        call = {**self._call, "generator": copied(self._call["generator"]), "output_type": "latent"}
-        start = self._start
-
-        def begin(latents: Tensor, step: int | None) -> Tensor:
-            return latents if start is None else start.latents
-
-        with random_from(self._random), prepared(self.pipe, begin):
-            self._run(grounding, call)
-        rows, columns = next(iter(self.reference.outputs.values())).shape[-2:]
-        factor = getattr(self.pipe, "vae_scale_factor", 1)
-        return grounding.mask((rows * factor, columns * factor), (rows, columns))
 
     def undo(self) -> None:
         """Forget the last edit: the next one begins with the picture before it.

@@ -47,7 +47,10 @@ def serve(model: str = "emoji-sd", *, port: int = 7860, steps: int = 10, size: i
     gradio()  # before a model is loaded
     bench = Workbench(load(model), steps=steps, size=size)
     page = build(bench, model, steps)
-    _, url, _ = launch(page, port)
+    try:
+        _, url, _ = launch(page, port)
+    except OSError:
+        raise OSError(f"port {port} of this machine is taken; give another one, such as --port {port + 1}") from None
     print(f"Open {url} in a browser of this machine; Ctrl+C ends it.", flush=True)
     page.block_thread()
 

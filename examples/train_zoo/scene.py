@@ -22,6 +22,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from captions import tokens
@@ -191,11 +192,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, required=True, help="wall-clock budget of the training")
     parser.add_argument("--steps", type=int, help="also end after so many steps")
     parser.add_argument("--collages", type=int, default=2048, help="pictures that are drawn and encoded")
+    parser.add_argument("--init", type=Path, help="folder of an emoji-scene-256 to start from, in place of emoji-sd")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     random.seed(0)
-    pipe, folder = zoo.load("emoji-sd"), options.output_dir / "emoji-scene-256"
+    start: Any = options.init or zoo.path("emoji-sd")
+    pipe = StableDiffusionPipeline.from_pretrained(start, dtype=torch.float32)
+    folder = options.output_dir / "emoji-scene-256"
     cache = options.output_dir / "collages.safetensors"
     if not (options.resume and cache.exists()):
         if options.data == SYNTHETIC:

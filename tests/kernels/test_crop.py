@@ -89,9 +89,7 @@ def test_convolution_of_windows(kernel: int, stride: int) -> None:
     weight = torch.randn(3, 2, kernel, kernel, generator=torch.manual_seed(0))
     padding = (kernel - 1) // 2
     for at in some_boxes():
-        size: Any = tuple(
-            stride * (n - 1) + kernel - 2 * padding for n in at.map
-        )  # of the input
+        size: Any = tuple(stride * (n - 1) + kernel - 2 * padding for n in at.map)  # of the input
         full = torch.randn(4, 2, *size, generator=torch.manual_seed(1))
         windows = crop.conv_windows(at, size, (kernel, kernel), (stride, stride), (padding, padding))
         assert (crop.cut(full, windows) == windows_of(full, windows).flatten(0, 1)).all()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from diffaccel.kernels import SparseEditConfig, apply_sparse_edit
+from diffaccel.kernels.crop import crop
 from tests.kernels.map_toys import (
     BUILD,
     call,
@@ -231,6 +232,40 @@ def test_guidance_in_one_batch(norm: Any) -> None:
     handle, _ = recorded(network, swapped(given), norm=norm)
     assert error(edited(handle, masks[::-1], swapped(new)), together[rows]) < 1e-5
     assert error(edited(handle, masks, swapped(new)), together[rows]) > 0.1
+
+
+@pytest.mark.parametrize("name", ["sd", "ddpm", "decoder"])
+@pytest.mark.parametrize("config", [{"margin": 1}, {"dense_below": 8}], ids=str)
+def test_incremental_statistics_are_those_of_the_map(name: str, config: dict[str, Any]) -> None:
+    """Of the reference with the region in its place; a box that is there twice counts once."""
+    size = (32, 24)
+    given, masks = inputs(name, size, batch=4), spots(size)
+    handle, _ = recorded(toy(name), given, norm="incremental", **config)
+    edited(handle, masks, changed(given, masks[0] | masks[1]))
+    handle.accept()
+    slot = handle.engine.cache[0]
+    norms = [(n, m) for n, m in handle.network.named_modules() if isinstance(m, nn.GroupNorm)]
+    assert len(norms) > 8
+    for norm, module in norms:
+        grouped = slot[norm].reshape(4, module.num_groups, -1)
+        torch.testing.assert_close(slot[f"{norm}.mean"], grouped.mean(2), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(slot[f"{norm}.var"], grouped.var(2, correction=0), atol=1e-5, rtol=1e-4)
+
+
+def test_statistics_in_half_precision() -> None:
+    """Values far from zero: the type has digits for them, but none for their difference from the mean."""
+    network = toy("sd").bfloat16()
+    nn.init.constant_(network.conv_in.bias, 40.0)
+    given = {n: x.bfloat16() if x.is_floating_point() else x for n, x in inputs("sd", (32, 24)).items()}
+    seen: list[torch.Tensor] = []
+    handle = apply_sparse_edit(network)
+    network.down_blocks[0].resnets[0].norm1.register_forward_hook(lambda module, x, out: seen.append(out.float()))
+    with handle.record():
+        call(network, given)
+    edited(handle, square((32, 24), 10, 8), given)
+    boxes = handle.region(square((32, 24), 10, 8)).boxes(32, 24)
+    assert boxes is not None
+    assert error(seen[1], crop(seen[0], boxes)) < 5e-3
 
 
 @pytest.mark.parametrize("name", ["sd", "ddpm_resnet", "decoder"])

@@ -89,6 +89,32 @@ def test_in_every_family(name: str, reference: Any) -> None:
     assert torch.equal(edited[~within], made[~within]) and not torch.equal(edited[within], made[within])
 
 
+@pytest.mark.parametrize(
+    ("name", "scheduler", "first"),
+    [("sd", "ddim", 0), ("sd", "ours dpmpp_2m", 0), ("sd_img2img", "ddim", 2), ("sd_img2img", "pndm", 2)]
+    + [("sd_img2img", "ours dpmpp_2m", 2), ("sd3", None, 0), ("sd3_img2img", None, 2), ("flux", None, 0)],
+)
+def test_the_run_begins_with_the_picture_as_noised_as_its_first_step(name: str, scheduler: Any, first: int) -> None:
+    """It would lead to the picture from anywhere, but with features of states that no run has."""
+    pipe, call = toy(name, scheduler)
+    call.pop("image", None)
+    edit, seen = editor_of(pipe), []
+    edit.handle.network.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(first_of(args, kwargs)), with_kwargs=True
+    )
+    edit.encode(PICTURE, **call, generator=seed())
+    clean, time = encoded(pipe, PICTURE), pipe.scheduler.timesteps[first]
+    clean = packed(clean) if seen[0].ndim == 3 else clean
+    fresh = torch.randn(clean.shape, generator=seed())
+    alpha = 1 - time / 1000 if scheduler is None else signal(time)
+    sigma = 1 - alpha if scheduler is None else (1 - alpha**2) ** 0.5
+    assert relative(seen[0][:1], alpha * clean + sigma * fresh) < 1e-3  # our clock is not rounded
+
+
+def first_of(args: Any, kwargs: Any) -> Tensor:
+    return next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+
+
 @pytest.mark.parametrize("name", ["sd_inpaint", "sd3_inpaint", "flux_inpaint"])
 def test_inpainting_keeps_all_of_the_picture(name: str) -> None:
     edit, call = editor(name)
@@ -180,7 +206,9 @@ def test_painted_edits_find_their_mask() -> None:
         edit.edit()
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpm2", "ddpm", "euler ancestral", "dpm2 ancestral", "ours sde"])
+@pytest.mark.parametrize(
+    "scheduler", ["ddim", "euler", "dpm2", "ddpm", "euler ancestral", "dpm2 ancestral", "ours sde"]
+)
 def test_new_noise_still_leads_to_the_picture(scheduler: str) -> None:
     """With one computed step only, nearly: random networks say no more there. Its noise is the generator's."""
     pipe, call = toy("sd", scheduler)

@@ -212,6 +212,14 @@ def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
     assert "edit-demo needs gradio; pip install 'diffaccel[demo]'" in capsys.readouterr().err
 
 
+def test_a_taken_port_is_named(capsys):
+    pytest.importorskip("gradio", minversion="6")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["edit-demo", "--port", str(port), "--steps", "1"]) == 2
+    assert f"port {port} of this machine is taken; give another one" in capsys.readouterr().err
+
+
 # The page in a browser
 
 
