@@ -132,3 +132,21 @@ def test_text_encoder_and_unet_both_learn(recipe: Callable[[str], ModuleType]) -
     scene.SceneLoss()(model, (torch.randn(1, 4, 16, 16), torch.arange(24)[None])).backward()
     assert model.unet.conv_in.weight.grad.abs().sum() > 0
     assert model.text_encoder.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def test_a_second_round_starts_from_the_weights_of_the_first(
+    recipe: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene, first = recipe("scene"), tmp_path / "first"
+    monkeypatch.setattr(scene, "_BATCH", 1)
+    pipe = zoo.load("emoji-sd")
+    for part in ("unet", "text_encoder"):
+        model = getattr(pipe, part)
+        for value in model.parameters():
+            torch.nn.init.zeros_(value)
+        model.save_pretrained(first / part)
+    arguments = ["--data", "synthetic", "--output_dir", str(tmp_path), "--seconds", "600", "--collages", "1"]
+    scene.main([*arguments, "--steps", "1", "--init", str(first)])
+    trained: Any = recipe("scenes").load(tmp_path / "emoji-scene-256")
+    for model in (trained.unet, trained.text_encoder):
+        assert all(value.abs().max() < 1e-2 for value in model.parameters())

@@ -22,12 +22,11 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from captions import tokens
 from data import load_emoji, synthetic_emoji
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from fit import FitConfig, fit
 from pipeline import save_half
 from presets import PRESETS
@@ -35,6 +34,7 @@ from run import SYNTHETIC
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
+from transformers import CLIPTextModel
 from unet import NoiseLoss
 
 from diffaccel import zoo
@@ -192,13 +192,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, required=True, help="wall-clock budget of the training")
     parser.add_argument("--steps", type=int, help="also end after so many steps")
     parser.add_argument("--collages", type=int, default=2048, help="pictures that are drawn and encoded")
-    parser.add_argument("--init", type=Path, help="folder of an emoji-scene-256 to start from, in place of emoji-sd")
+    parser.add_argument("--init", type=Path, help="folder with the unet and text_encoder of an earlier run")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     random.seed(0)
-    start: Any = options.init or zoo.path("emoji-sd")
-    pipe = StableDiffusionPipeline.from_pretrained(start, dtype=torch.float32)
+    pipe = zoo.load("emoji-sd")
+    if options.init:
+        pipe.unet = UNet2DConditionModel.from_pretrained(options.init / "unet").float()
+        pipe.text_encoder = CLIPTextModel.from_pretrained(options.init / "text_encoder").float()
     folder = options.output_dir / "emoji-scene-256"
     cache = options.output_dir / "collages.safetensors"
     if not (options.resume and cache.exists()):
