@@ -7,7 +7,8 @@ initialises as PyTorch does, "variance" with N(0, 1 / fan-in). Pictures are smoo
 edits, squares off the grid, have another picture and other noise inside. Error is the relative RMSE against the dense
 network on the edited input, in the mask, in the mask dilated by 5 pixels (as SIGE dilates it), and outside. The fastest
 setting (by multiply-accumulates) with at most SIGE's error is timed against the dense network, by turns.
-Written to `results/sparse_edit_<network>_<init>.json`; the report of all is `results/sparse_edit.md` and `.png`.
+Guided calls have two rows. Written to `results/sparse_edit_<network>_<init>.json`; the report of all is
+`results/sparse_edit.md` and `.png`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -52,6 +54,9 @@ class Case:
         setting, sparse_from: of `SigeRule`.
         ring: pixels of the network's input in 5 pixels of the picture, rounded up.
         margins, dense_below: that are tried.
+        places: of the edits.
+        batches: rows of the timed calls.
+        shares: of the picture that are edited.
     """
 
     title: str
@@ -63,6 +68,9 @@ class Case:
     ring: int
     margins: tuple[int, ...]
     dense_below: tuple[int, ...]
+    places: tuple[tuple[float, float], ...] = PLACES
+    batches: tuple[int, ...] = (1,)
+    shares: tuple[float, ...] = SHARES
 
 
 DDPM = {
@@ -82,21 +90,21 @@ SMALL_SD = SMALL | {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
 SMALL_SD |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": 8}
 
 MARGINS = (0, 2, 4, 8, 12, 16, 24, 32)
+SD = partial(UNet2DConditionModel, cross_attention_dim=768)
 CASES = {
     "ddpm256": Case(
         "DDPM-256", partial(UNet2DModel, sample_size=256, **DDPM), 256, 1, "ddpm", 64, 5, MARGINS, (0, 8, 16, 32)
     ),
-    "sd15": Case(
-        *("SD 1.5, 512 px", partial(UNet2DConditionModel, sample_size=64, cross_attention_dim=768), 512, 8, "sd", 0, 1),
-        *((0, 1, 2, 4, 6, 8, 12), (0, 8, 16, 32)),
-    ),
+    "sd15": Case("SD 1.5, 512 px", SD, 512, 8, "sd", 0, 1, (0, 1, 2, 4, 6, 8, 12), (0, 16), PLACES[:1], (1, 2)),
 }
 DRY = {
     "ddpm256": Case(
-        "small DDPM", partial(UNet2DModel, sample_size=32, **SMALL_DDPM), 32, 1, "ddpm", 32, 5, (0, 4), (0, 16)
+        *("small DDPM", partial(UNet2DModel, sample_size=32, **SMALL_DDPM), 32, 1, "ddpm", 32, 5, (0, 4), (0, 16)),
+        shares=(0.05, 0.35),
     ),
     "sd15": Case(
-        "small SD", partial(UNet2DConditionModel, sample_size=16, **SMALL_SD), 128, 8, "sd", 0, 1, (0, 2), (0,)
+        *("small SD", partial(UNet2DConditionModel, sample_size=16, **SMALL_SD), 128, 8, "sd", 0, 1, (0, 2), (0,)),
+        *(PLACES[:1], (1, 2), (0.05,)),
     ),
 }
 
@@ -123,12 +131,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def measure(case: Case, init: str, rounds: int, threads: Sequence[int]) -> dict[str, Any]:
     """All of one network."""
     network = random_weights(case.make, init)
-    edits = {share: [Edit(case, network, share, place) for place in range(len(PLACES))] for share in SHARES}
+    edits = {
+        share: [Edit(case, network, share, place, seed + 1) for seed, place in enumerate(case.places)]
+        for share in case.shares
+    }
     found: dict[str, Any] = {
         "title": case.title,
         "init": init,
         "parameters": parameters(network),
-        "macs": macs(network, **edits[SHARES[0]][0].before),
+        "macs": macs(network, **edits[0.05][0].before),
         "packages": {name: version(name) for name in ("diffaccel", "torch", "diffusers")},
         "processor": processor(),
         "defaults": {
@@ -143,7 +154,7 @@ def measure(case: Case, init: str, rounds: int, threads: Sequence[int]) -> dict[
         found["edits"].append(row)
         print(case.title, share, row["sige"], row["chosen"], flush=True)
     if rounds:
-        found["times"] = {count: times(network, edits, found["edits"], rounds, count) for count in threads}
+        found["times"] = {count: times(case, network, edits, found["edits"], rounds, count) for count in threads}
         found["break_even"] = break_even(case, network, rounds)
     return found
 
@@ -168,20 +179,30 @@ class Edit:
         reference, dense: its results.
     """
 
-    def __init__(self, case: Case, network: Any, share: float, place: int):
-        draw, size = torch.Generator().manual_seed(place + 1), case.picture // case.factor
+    def __init__(self, case: Case, network: Any, share: float, place: tuple[float, float], seed: int = 1):
+        draw, size = torch.Generator().manual_seed(seed), case.picture // case.factor
         channels = network.config.in_channels
-        self.picture = square(case.picture, share, PLACES[place])
+        self.picture = square(case.picture, share, place)
         self.mask = torch.from_numpy(read_mask(self.picture, (size, size))[0])
         self.ring = dilated(self.mask, case.ring)
         text = {}
         if isinstance(network, UNet2DConditionModel):
-            width = network.config.cross_attention_dim
+            width = network.config["cross_attention_dim"]
             text = {"encoder_hidden_states": torch.randn(1, 77, width, generator=draw)}
         old, new = (noisy(draw, channels, size) for _ in range(2))
         self.before: dict[str, Any] = {"sample": old, "timestep": torch.tensor(500), **text}
         self.after = self.before | {"sample": torch.where(self.mask, new, old)}
         self.reference, self.dense = network(**self.before).sample, network(**self.after).sample
+
+    def repeated(self, rows: int) -> Edit:
+        """The same edit of so many rows, to be timed."""
+        result = copy(self)
+        for name in ("before", "after"):
+            given = getattr(self, name).items()
+            setattr(
+                result, name, {key: value.repeat_interleave(rows, 0) if value.ndim else value for key, value in given}
+            )
+        return result
 
     def errors(self, result: Tensor) -> dict[str, float]:
         """Relative RMSE against the dense network."""
@@ -220,7 +241,7 @@ def sige(case: Case, network: Any, edits: Sequence[Edit]) -> dict[str, float]:
 
 def curve(case: Case, network: Any, edits: Sequence[Edit]) -> list[dict[str, Any]]:
     """Mean errors and multiply-accumulates of all settings; where two make the same boxes, they are run once."""
-    rows: dict[Any, dict[str, Any]] = {}
+    rows: dict[Any, list[dict[str, Any]]] = {}
     with apply_sparse_edit(network, SparseEditConfig(norm="incremental")) as handle:
         for edit in edits:
             with handle.record():
@@ -272,7 +293,12 @@ def chosen(rows: list[dict[str, Any]], limit: dict[str, float], where: str) -> d
 
 
 def times(
-    network: Any, edits: dict[float, list[Edit]], rows: list[dict[str, Any]], rounds: int, threads: int
+    case: Case,
+    network: Any,
+    edits: dict[float, list[Edit]],
+    rows: list[dict[str, Any]],
+    rounds: int,
+    threads: int,
 ) -> list[dict[str, Any]]:
     """Dense, recording and sparse forwards by turns: the seconds of each."""
     torch.set_num_threads(threads)
@@ -282,9 +308,14 @@ def times(
             if choice is None:
                 continue
             config = SparseEditConfig(**{name: choice[name] for name in ("margin", "norm", "dense_below")})
-            edit = edits[row["share"]][0]
-            found.append({"share": row["share"], "where": where} | turns(network, edit, config, rounds))
-            print(threads, found[-1]["share"], where, found[-1]["cpu_ratio"], found[-1]["wall_ratio"], flush=True)
+            for batch in case.batches:
+                edit = edits[row["share"]][0].repeated(batch)
+                found.append(
+                    {"share": row["share"], "where": where, "batch": batch} | turns(network, edit, config, rounds)
+                )
+                print(
+                    threads, *list(found[-1].values())[:3], found[-1]["cpu_ratio"], found[-1]["wall_ratio"], flush=True
+                )
     return found
 
 
@@ -340,7 +371,7 @@ def break_even(case: Case, network: Any, rounds: int) -> list[dict[str, Any]]:
     config = SparseEditConfig(margin=0, dense_above=1.0)
     found = []
     for share in (0.4, 0.5, 0.6, 0.7, 0.8):
-        spent = turns(network, Edit(case, network, share, 1), config, max(1, rounds // 2))
+        spent = turns(network, Edit(case, network, share, PLACES[1]), config, max(1, rounds // 2))
         found.append({"share": share, "cpu_ratio": spent["cpu_ratio"], "wall_ratio": spent["wall_ratio"]})
     return found
 

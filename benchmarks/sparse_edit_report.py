@@ -27,14 +27,14 @@ def section(found: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in found["packages"].items())
     parts = [
         f"## {found['title']}, random weights ({found['init']})\n",
-        f"{found['parameters'] / 1e6:.1f} M parameters, {found['macs'] / 1e9:.1f} GMACs, batch 1, float32. "
+        f"{found['parameters'] / 1e6:.1f} M parameters, {found['macs'] / 1e9:.1f} GMACs, float32. "
         f"{packages}; {found['processor']}. Defaults: {defaults}.\n",
         "Error: relative RMSE against the dense network on the edited input, in per cent, in the mask + 5 px / in the "
         "mask / outside; mean of two edits. Chosen: the fewest MACs with at most SIGE's error there.\n",
         table(["edit", "no change", "SIGE's rule", "at most SIGE's in", "chosen", "its error", "MACs"], errors(found)),
     ]
     for threads, rows in found.get("times", {}).items():
-        header = ["edit", "at most SIGE's in", "goal", "CPU time", "wall", "minima, CPU", "minima, wall"]
+        header = ["edit", "at most SIGE's in", "batch", "goal", "CPU time", "wall", "minima, CPU", "minima, wall"]
         header += ["dense s", "sparse s", "record s"]
         parts += [f"Forward, {threads} thread(s): dense / sparse, medians over rounds by turns.\n"]
         parts += [table(header, [speeds(row) for row in rows])]
@@ -66,7 +66,14 @@ def speeds(row: dict[str, Any]) -> list[str]:
     names = ("cpu_ratio", "wall_ratio", "cpu_ratio_of_minima", "wall_ratio_of_minima")
     ratios = [f"{row[name]:.1f}" for name in names]
     seconds = [f"{row[f'wall_{name}']:.2f}" for name in ("dense", "sparse", "record")]
-    return [f"{row['share']:.0%}", PLACES[row["where"]], f"{GOALS[row['share']]:g}", *ratios, *seconds]
+    return [
+        f"{row['share']:.0%}",
+        PLACES[row["where"]],
+        str(row["batch"]),
+        f"{GOALS[row['share']]:g}",
+        *ratios,
+        *seconds,
+    ]
 
 
 def memory(found: dict[str, Any]) -> list[list[str]]:
@@ -115,7 +122,7 @@ def bars(axis: Any, network: dict[str, Any]) -> None:
     times = network.get("times", {})
     for k, (threads, rows) in enumerate(times.items()):
         for where, shade in (("ring", 1.0), ("mask", 0.5)):
-            chosen = [row for row in rows if row["where"] == where]
+            chosen = [row for row in rows if (row["where"], row["batch"]) == (where, max(row["batch"] for row in rows))]
             at = [list(GOALS).index(row["share"]) + 0.4 * k + 0.2 * (where == "mask") for row in chosen]
             label = f"{threads} thread(s), by {PLACES[where]}"
             axis.bar(at, [row["wall_ratio"] for row in chosen], 0.18, color=f"C{k}", alpha=shade, label=label)

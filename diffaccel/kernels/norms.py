@@ -59,14 +59,15 @@ class NormHook(SiteHook):
         strip = x.unflatten(2, (boxes.height, -1)) if x.ndim == 3 else x
         slot, channels = self.engine.slot, module.num_channels // module.num_groups
         old = strip_of(cut(slot[self.name], boxes, like=x), boxes)
-        (new1, new2), (old1, old2) = (_moments(values, boxes, mean, module.num_groups) for values in (strip, old))
+        once = _once(boxes, mean)
+        (new1, new2), (old1, old2) = (_moments(values, boxes, mean, once) for values in (strip, old))
         slot.offer(self.name, strip, BoxLayout(boxes))
         if self.engine.config.statistics == "incremental":
             total = boxes.map[0] * boxes.map[1] * channels
             moved = (new1 - old1) / total
             mean, variance = mean + moved, (variance + (new2 - old2) / total - moved**2).clamp_min(0)
         else:  # what surrounds the region is taken to change as it does
-            area = boxes.count * boxes.height * boxes.width * channels
+            area = once.sum(1) * (boxes.height * boxes.width * channels)
             spread = (new2 / area - (new1 / area) ** 2) / (old2 / area - (old1 / area) ** 2).clamp_min(module.eps)
             mean, variance = mean + (new1 - old1) / area, variance * spread.clamp(0.25, 4)
         slot.offer(f"{self.name}.mean", mean, exact=True)
@@ -81,14 +82,14 @@ def _statistics(module: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-def _moments(strip: Tensor, boxes: Boxes, mean: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Sums of the strip's differences from `mean`, and of their squares, by row and group; each box once."""
+def _once(boxes: Boxes, mean: Tensor) -> Tensor:
+    """1 for each box of each row of the batch, (B, k, 1), and 0 for those that repeat another."""
+    first = [[float(corner not in row[:i]) for i, corner in enumerate(row)] for row in boxes.corners]
+    return torch.tensor(first, device=mean.device).repeat(len(mean) // len(first), 1)[:, :, None]
+
+
+def _moments(strip: Tensor, boxes: Boxes, mean: Tensor, once: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of the strip's differences from `mean`, and of their squares, by row and group."""
     pieces = split(strip, boxes).unflatten(0, (-1, boxes.count)).float()
-    grouped = pieces.flatten(3).unflatten(2, (groups, -1)).flatten(3) - mean[:, None, :, None]  # (B, k, groups, values)
-    once = torch.tensor(
-        [[corner not in row[:i] for i, corner in enumerate(row)] for row in boxes.corners],
-        dtype=grouped.dtype,
-        device=grouped.device,
-    )
-    weight = once.repeat(len(grouped) // len(once), 1)[:, :, None]
-    return (grouped.sum(3) * weight).sum(1), (grouped.square().sum(3) * weight).sum(1)
+    grouped = pieces.flatten(3).unflatten(2, (mean.shape[1], -1)).flatten(3) - mean[:, None, :, None]
+    return (grouped.sum(3) * once).sum(1), (grouped.square().sum(3) * once).sum(1)

@@ -1,8 +1,8 @@
 """Convolutions on the CPU with weights that are packed once.
 
-oneDNN computes with weights in blocks, and PyTorch brings them into blocks in every call. For a map of a few pixels that
-takes several times as long as the convolution: 36 ms against 6 ms with 1280 channels and 5 x 5 results, on one core.
-A region is such a map at all coarse levels. The packed weights take as much memory as the plain ones, once more.
+oneDNN computes with weights in blocks, and PyTorch brings them into blocks in every call. For a map of a few pixels
+that takes several times as long as the convolution: 36 ms against 6 ms with 1280 channels and 5 x 5 results, on one
+core. A region is such a map at all coarse levels. The packed weights take as much memory as the plain ones, once more.
 """
 
 from __future__ import annotations

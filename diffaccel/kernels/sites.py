@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from diffaccel.kernels.hooks import AttentionHook, BesideHook, Kind, SiteHook, UpsampleHook, WindowHook
+from diffaccel.kernels.attention import AttentionHook
+from diffaccel.kernels.hooks import BesideHook, Kind, SiteHook, UpsampleHook, WindowHook
 from diffaccel.kernels.norms import NormHook
 from diffaccel.kernels.tokens import TOKEN_PATHS, token_sites
 

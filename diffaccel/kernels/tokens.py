@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffaccel.kernels.hooks import AttentionHook, SiteHook
+from diffaccel.kernels.attention import AttentionHook
+from diffaccel.kernels.hooks import SiteHook
 from diffaccel.kernels.region import Region
 
 # Where the picture's tokens are made, and the last projection before they are a picture again.
@@ -168,11 +169,11 @@ class TokensOutHook(SiteHook):
         """As `SiteHook` says."""
         engine, name, out = self.engine, f"{self.name}.out", self.original(x)
         if engine.mode == "record":
-            engine.slot.put(name, out)
+            engine.slot.put(name, out, exact=True)
         if engine.mode != "sparse":
             return out
         layout = engine.layout(engine.sequence.count)
-        engine.slot.offer(name, out, layout)
+        engine.slot.offer(name, out, layout, exact=True)
         return layout.write(engine.slot[name].to(out, copy=True), out)
 
 

@@ -10,7 +10,7 @@ import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import diffaccel
 from diffaccel import SparseEditConfig, SparseEditPipeline
@@ -100,3 +100,13 @@ class Latents(list[Tensor]):
     def __call__(self, pipe: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
         self.append(given["latents"])
         return {}
+
+
+def traces(pipe: Any) -> list[str]:
+    """What sparse edits could leave behind."""
+    found = [name for name in ("prepare_latents", "scheduler_step") if name in vars(pipe)]
+    for part, network in pipe.components.items():
+        if isinstance(network, nn.Module):
+            for name, module in network.named_modules():
+                found += [f"{part}.{name}.{key}" for key in ("forward", "_diffusers_hook") if key in vars(module)]
+    return found

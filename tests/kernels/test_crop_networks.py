@@ -185,6 +185,23 @@ def test_controlnet(config: dict[str, Any], sparse_control: bool) -> None:
         assert len(as_list["down_block_additional_residuals"]) == 6
 
 
+def test_controlnet_whose_strips_have_the_size_of_another_level() -> None:
+    mask = np.zeros(SIZE, bool)
+    mask[10:22, 8:16] = True  # with the margin half as high and wide as the map
+    unet, control, given, condition = controlled()
+    options = SparseEditConfig(margin=2, dense_above=1.0)
+    handle, other = apply_sparse_edit(unet, options), apply_sparse_edit(control, options)
+    with other.record():
+        whole = residuals(control, condition)
+    with handle.record():
+        reference = call(unet, given | whole)
+    with other.edit(mask):
+        strips = residuals(control, condition)
+    assert tuple(strips["down_block_additional_residuals"][0].shape[-2:]) == (16, 12)
+    assert error(edited(handle, mask, given | strips), reference) < 1e-5
+    assert error(edited(handle, mask, given | whole), reference) < 1e-5
+
+
 @pytest.mark.parametrize("sparse_control", [False, True])
 def test_controlnet_of_everything(sparse_control: bool) -> None:
     unet, control, given, condition = controlled()
@@ -232,6 +249,20 @@ def test_guidance_in_one_batch(norm: Any) -> None:
     handle, _ = recorded(network, swapped(given), norm=norm)
     assert error(edited(handle, masks[::-1], swapped(new)), together[rows]) < 1e-5
     assert error(edited(handle, masks, swapped(new)), together[rows]) > 0.1
+
+
+@pytest.mark.parametrize("norm", ["cached", "incremental", "corrected"])
+def test_a_box_that_is_repeated_counts_once(norm: Any) -> None:
+    """In a batch with a mask of two boxes, a mask of one has its box twice, and gives what it gives alone."""
+    given, masks, config = inputs("sd", (64, 48), batch=2), spots((64, 48)), {"margin": 1, "dense_below": 16}
+    config: dict[str, Any] = {"margin": 1, "dense_below": 16}
+    new, network = inputs("sd", (64, 48), batch=2, seed=1), toy("sd")
+    handle, _ = recorded(network, given, norm=norm, **config)
+    together = edited(handle, masks, new)
+    handle.remove()
+    first = [{name: x[:1] if x.ndim else x for name, x in one.items()} for one in (given, new)]
+    handle, _ = recorded(network, first[0], norm=norm, **config)
+    assert error(edited(handle, masks[0], first[1]), together[:1]) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["sd", "ddpm", "decoder"])

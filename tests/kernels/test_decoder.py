@@ -57,10 +57,12 @@ def test_real_weights() -> None:
         reach = 8 * MARGIN
         beyond = np.ones_like(REAL)
         beyond[max(0, 96 - reach) : 136 + reach, max(0, 120 - reach) : 160 + reach] = False
-        assert beyond.any() and np.array_equal(after[0][beyond], before[0][beyond])
+        assert beyond.any()
+        assert np.array_equal(after[0][beyond], before[0][beyond])
         assert np.abs(after - before)[0][REAL].mean() > 0.05  # there is something to see
         error = np.abs(after - truth)[0]
-        assert error[REAL].max() < 0.02 and np.sqrt((error[REAL] ** 2).mean()) < 0.004
+        assert error[REAL].max() < 0.02
+        assert np.sqrt((error[REAL] ** 2).mean()) < 0.004
         assert edit.report.outside == 0
         edit.undo()
         exact = edit.edit(REAL, image=painted, strength=0.5, dense=True).images
@@ -154,7 +156,8 @@ def test_tiling_runs_dense(when: str) -> None:
     assert np.allclose(again, full(edit.pipe, latents[-1]), atol=1e-6)
     edit.generate(**call, generator=seed())
     edit.edit(square(4, 4), **other(call))
-    assert edit._decoder is not None and edit._decoder.handle.engine.cache.bytes() > 0
+    assert edit._decoder is not None
+    assert edit._decoder.handle.engine.cache.bytes() > 0
 
 
 def test_a_mask_of_the_whole_picture() -> None:

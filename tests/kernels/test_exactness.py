@@ -29,11 +29,13 @@ def test_the_whole_picture_is_the_dense_edit(scheduler: str) -> None:
     edit.generate(**call, generator=seed())
     modes = counted(edit)
     sparse = edit.edit(MASK, **other(call))[0]
-    assert set(modes) == {"sparse"} and edit.report.share == 1
+    assert set(modes) == {"sparse"}
+    assert edit.report.share == 1
     edit.undo()
     dense = edit.edit(MASK, **other(call), dense=True)[0]
     assert relative(sparse, dense) < 1e-4
-    assert set(modes) == {"sparse", "off"} and edit.report.calls.keys() == {"dense"}
+    assert set(modes) == {"sparse", "off"}
+    assert edit.report.calls.keys() == {"dense"}
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd_img2img", "sd_inpaint", *TOKENS])
@@ -54,8 +56,10 @@ def test_strict_is_dense_and_keeps_no_features() -> None:
     assert torch.equal(fast.generate(**call, generator=seed())[0], made)
     edited = strict.edit(MASK, **other(call))[0]
     assert torch.equal(edited, fast.edit(MASK, **other(call), dense=True)[0])
-    assert strict.report.memory == 0 and fast.report.memory > 0
-    assert strict.report.calls == {"dense": STEPS} and strict.report.share == 1
+    assert strict.report.memory == 0
+    assert fast.report.memory > 0
+    assert strict.report.calls == {"dense": STEPS}
+    assert strict.report.share == 1
     fast.undo()
     assert not torch.equal(edited, fast.edit(MASK, **other(call))[0])
     assert torch.equal(edited[~inside(made)], made[~inside(made)])
@@ -84,7 +88,9 @@ def test_bounded_grows_its_margin(reference: Any) -> None:
     rest = {"sparse": 3} if reference == "record" else {"dense": 3}
     assert edit.report.calls == {"probe": 2} | rest
     (first, at_zero, easy), (later, _, _) = probes
-    assert at_zero == 0 and first < later and 0 < easy < 1
+    assert at_zero == 0
+    assert first < later
+    assert 0 < easy < 1
     edit.remove()
     near = easy / 2
     edit, call = editor("sd", exactness="bounded", tolerance=near, margin=0, norm="incremental", reference=reference)
@@ -94,7 +100,8 @@ def test_bounded_grows_its_margin(reference: Any) -> None:
     assert probes[0] == (first, 0, pytest.approx(easy))
     assert [margin for _, margin, _ in probes[:3]] == [0, 1, 2][: len(probes)]
     last = {step: error for step, _, error in probes}
-    assert set(last) == {first, later} and all(error <= near for error in last.values())
+    assert set(last) == {first, later}
+    assert all(error <= near for error in last.values())
     assert f"{probes[-1][2]:.2%}" in str(edit.report)
 
 
@@ -105,7 +112,8 @@ def test_bounded_falls_back_to_dense(above: float) -> None:
     edit.generate(**call, generator=seed())
     edited = edit.edit(MASK, **other(call))[0]
     assert edit.report.calls == {"probe": 1, "dense": STEPS - 1}
-    assert edit.report.note.startswith("ran dense") and edit.report.share == 1
+    assert edit.report.note.startswith("ran dense")
+    assert edit.report.share == 1
     edit.undo()
     assert torch.equal(edited, edit.edit(MASK, **other(call), dense=True)[0])
 
@@ -147,12 +155,14 @@ def test_large_edits_run_dense_and_say_so() -> None:
         large = np.zeros_like(MASK)
         large[:8] = True
         edited = edit.edit(large, **other(call))[0]
-        assert edit.report.calls == {"dense": STEPS} and "dense_above=0.2" in str(edit.report)
+        assert edit.report.calls == {"dense": STEPS}
+        assert "dense_above=0.2" in str(edit.report)
         edit.undo()
         assert torch.equal(edited, edit.edit(large, **other(call), dense=True)[0])
         edit.undo()
         edit.edit(MASK, **other(call))
-        assert edit.report.calls["sparse"] > 0 and "dense_above" not in str(edit.report)
+        assert edit.report.calls["sparse"] > 0
+        assert "dense_above" not in str(edit.report)
 
 
 def test_features_of_a_dense_edit_are_made_by_the_next() -> None:

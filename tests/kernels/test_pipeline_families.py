@@ -160,7 +160,7 @@ def test_controlnet() -> None:
     """Its maps are of the whole picture, and the network's of the region."""
     pipe, call = toy("sd")
     torch.manual_seed(0)
-    control = diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_channels=3)
+    control: Any = diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_channels=3)
     for part in (*control.controlnet_down_blocks, control.controlnet_mid_block):
         torch.nn.init.normal_(part.weight, std=0.3)  # they begin with zeros
     control.controlnet_cond_embedding = Shallow()

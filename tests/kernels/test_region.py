@@ -64,16 +64,18 @@ def test_boxes_of_a_region_at_every_level() -> None:
 
 
 def test_margins() -> None:
-    region = Region(MASK, margin=2)
-    boxes = region.boxes(12, 16)
+    mask = np.zeros((48, 64), bool)
+    mask[12:24, 16:36] = True
+    region = Region(mask, margin=4)
+    boxes = region.boxes(48, 64)
     assert boxes is not None
-    assert (boxes.corners, boxes.height, boxes.width) == ((((1, 2),),), 7, 9)
-    half, quarter = region.boxes(6, 8), region.boxes(3, 4)
+    assert (boxes.corners, boxes.height, boxes.width) == ((((8, 12),),), 20, 28)
+    half, quarter = region.boxes(24, 32), region.boxes(12, 16)  # margins of 4 / 2 + 2 and 4 / 4 + 2
     assert half is not None
-    assert (half.corners, half.height, half.width) == ((((0, 1),),), 4, 5)
+    assert (half.corners, half.height, half.width) == ((((2, 4),),), 14, 18)
     assert quarter is not None
-    assert (quarter.corners, quarter.height, quarter.width) == ((((0, 0),),), 3, 4)
-    assert region.share == 7 * 9 / (12 * 16)
+    assert (quarter.corners, quarter.height, quarter.width) == ((((0, 1),),), 9, 11)
+    assert region.share == 20 * 28 / (48 * 64)
 
 
 def test_margin_of_odd_levels_is_that_of_even_ones() -> None:
@@ -81,7 +83,7 @@ def test_margin_of_odd_levels_is_that_of_even_ones() -> None:
     mask[16:18, 16:18] = True
     boxes = Region(mask, margin=8).boxes(17, 17)
     assert boxes is not None
-    assert boxes.height == 1 + 2 * 4
+    assert boxes.height == 1 + 2 * (4 + 2)
 
 
 def test_margin_at_finer_levels_is_in_their_own_pixels() -> None:
@@ -256,16 +258,16 @@ def test_drawing_shows_mask_and_boxes() -> None:
 
 
 def test_boxes_that_touch_far_below_stay_apart() -> None:
-    """At a quarter of the resolution they meet at a corner; merged they would be most of the picture."""
-    mask = np.zeros((32, 48), bool)
-    mask[4:9, 5:12] = mask[22:28, 30:41] = True
-    region = Region(mask, margin=2, coarsest=8)
-    boxes, half = region.boxes(32, 48), region.boxes(16, 24)
+    """At a quarter of the resolution they meet; merged they would be most of the picture."""
+    mask = np.zeros((64, 96), bool)
+    mask[8:18, 10:24] = mask[44:56, 60:82] = True
+    region = Region(mask, margin=2, coarsest=16)
+    boxes, half = region.boxes(64, 96), region.boxes(32, 48)
     assert boxes is not None
     assert boxes.count == 2
     assert half is not None
     assert half.count == 2
-    assert region.boxes(8, 12) is None
+    assert region.boxes(16, 24) is None
     near = np.zeros((32, 48), bool)
     near[4:9, 5:12] = near[15:19, 5:12] = True  # here a merged box costs less than a dense level
     merged, quarter = Region(near, margin=2, coarsest=8).boxes(32, 48), Region(near, margin=2, coarsest=8).boxes(8, 12)

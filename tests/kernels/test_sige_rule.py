@@ -176,7 +176,7 @@ def test_a_tile_is_new_where_its_input_window_touches_the_mask(
 def test_benchmark_runs_small(bench: Any, tmp_path: Path) -> None:
     bench("sparse_edit").main(["--dry-run", "--rounds", "1", "--threads", "1", "--output", str(tmp_path)])
     found = json.loads((tmp_path / "sparse_edit_ddpm256_torch.json").read_text("utf-8"))
-    assert [edit["share"] for edit in found["edits"]] == [0.01, 0.05, 0.15, 0.35]
+    assert [edit["share"] for edit in found["edits"]] == [0.05, 0.35]
     assert found["edits"][0]["sige"]["same_input"] < 1e-5
     assert {row["norm"] for row in found["edits"][0]["curve"]} >= {"cached", "incremental"}
     assert str(tmp_path) not in json.dumps(found)

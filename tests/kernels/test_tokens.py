@@ -139,7 +139,9 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
     network = toy(name).to(dtype)
     handle, reference = recorded(network, half(inputs(name)), cache_dtype=torch.float16, **WHOLE)
     other = half(inputs(name, seed=1))
-    assert handle.engine.cache[0]["proj_out_2.out" if name == "dit" else "proj_out.out"].dtype == torch.float16
+    kept = handle.engine.cache[0]
+    assert kept["proj_out_2.out" if name == "dit" else "proj_out.out"].dtype == dtype  # the outside stays to the bit
+    assert {value.dtype for key, value in kept.items() if key.endswith((".k", ".v"))} == {torch.float16}
     sparse = edited(handle, token_toys.mask(name), other)
     assert sparse.dtype == reference.dtype == dtype
     assert error(sparse.float(), call(network, other).float()) < 0.05
