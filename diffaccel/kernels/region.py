@@ -119,7 +119,8 @@ class Region:
     def _at(self, size: tuple[int, int]) -> Boxes:
         factor = min(1.0, level_factor(self.size[0], size[0]))
         margin = math.ceil(self.margin * factor) + (CONTEXT if factor < 1 else 0)
-        return same_size([[scaled(box, self.size, size, margin) for box in row] for row in self._base], size)
+        boxes = same_size([[scaled(box, self.size, size, margin) for box in row] for row in self._base], size)
+        return boxes if boxes.share < 1 else Boxes(size, *size, (((0, 0),),) * len(self.masks))
 
     def _settle(self) -> None:
         """Where boxes touch, each would need the other's new values: merge them, or run that level dense if cheaper."""
