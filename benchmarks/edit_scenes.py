@@ -45,6 +45,7 @@ RECORD = {
     "record, 32 rows dense": SparseEditConfig(dense_below=32),
     "record, bounded 1 %": SparseEditConfig(exactness="bounded", tolerance=0.01),
 }
+CACHED = {"record, cached": SparseEditConfig(norm="cached")}
 SUMS = {"record, sums": SparseEditConfig(norm="incremental")}
 SELF = {
     "self 2": SparseEditConfig(reference="self", refresh=2),
@@ -101,7 +102,7 @@ def one_scene(
     old, new = chosen[:3], chosen[3]
     call = {"num_inference_steps": steps, "guidance_scale": GUIDANCE}
     pictures: dict[str, Image.Image] = {}
-    for group in (RECORD, SUMS, SELF):
+    for group in (RECORD, CACHED, SUMS, SELF):
         with SparseEditPipeline(pipe, next(iter(group.values()))) as editor:
             noise = torch.Generator().manual_seed(number)
             editor.generate(listed(old), **call, generator=noise)

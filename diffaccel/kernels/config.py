@@ -22,9 +22,10 @@ class SparseEditConfig:
         tolerance: of "bounded": relative RMSE of the network's output in the mask, against the dense network.
         norm: statistics of group norms. "cached": of the reference. "incremental": the reference's sums, less those of
             the old region, plus those of the new one, which is exact where the region covers all that changed.
+            "last": that for the network's last norm alone, after which nothing makes good; the others are "cached".
             "corrected": what surrounds the region is taken to change as the region does, for features of another step
             (after DistriFusion's corrected group norm, 2402.19481). "auto": "corrected" with reference="self", else
-            "cached". All but "cached" need about twice the memory.
+            "last". "incremental" and "corrected" need about twice the memory, "last" one map more.
         reference: where features outside of the region come from. "record": every step of the reference run is kept,
             so that all steps of all later edits are sparse. "self": the edit itself runs dense every `refresh` steps;
             one step's features are kept, and a first edit on a foreign picture is fast too.
@@ -43,7 +44,7 @@ class SparseEditConfig:
     margin: int = 4
     exactness: Literal["fast", "bounded", "strict"] = "fast"
     tolerance: float = 0.05
-    norm: Literal["auto", "cached", "incremental", "corrected"] = "auto"
+    norm: Literal["auto", "cached", "last", "incremental", "corrected"] = "auto"
     reference: Literal["record", "self"] = "record"
     refresh: int = 3
     text: Literal["fresh", "frozen"] = "fresh"
@@ -56,13 +57,13 @@ class SparseEditConfig:
     vae: bool = True
 
     @property
-    def statistics(self) -> Literal["cached", "incremental", "corrected"]:
+    def statistics(self) -> Literal["cached", "last", "incremental", "corrected"]:
         """`norm`, with "auto" decided."""
-        return self.norm if self.norm != "auto" else "corrected" if self.reference == "self" else "cached"
+        return self.norm if self.norm != "auto" else "corrected" if self.reference == "self" else "last"
 
     def __post_init__(self) -> None:
         _one_of("exactness", self.exactness, ("fast", "bounded", "strict"))
-        _one_of("norm", self.norm, ("auto", "cached", "incremental", "corrected"))
+        _one_of("norm", self.norm, ("auto", "cached", "last", "incremental", "corrected"))
         _one_of("reference", self.reference, ("record", "self"))
         _one_of("text", self.text, ("fresh", "frozen"))
         for name, least in (("margin", 0), ("dense_below", 0), ("refresh", 1), ("max_boxes", 1)):

@@ -14,6 +14,14 @@ from diffaccel.kernels.hooks import SiteHook, map_size
 class NormHook(SiteHook):
     """`GroupNorm` with the statistics of the reference, or with their exact update by the region."""
 
+    @property
+    def statistics(self) -> str:
+        """Of this norm: "cached", "incremental" or "corrected"."""
+        chosen = self.engine.config.statistics
+        if chosen != "last":
+            return chosen
+        return "incremental" if self.name == "conv_norm_out" else "cached"
+
     def new_forward(self, module: nn.GroupNorm, x: Tensor) -> Tensor:
         """As `SiteHook` says; x is (B, C, h, w) or (B, C, tokens)."""
         engine = self.engine
@@ -27,7 +35,7 @@ class NormHook(SiteHook):
             self._offer_whole(module, x)
             return self.original(x)
         mean, variance = (engine.slot[f"{self.name}.{which}"].to(x.device) for which in ("mean", "var"))
-        if engine.config.statistics != "cached" and engine.maps:
+        if self.statistics != "cached" and engine.maps:
             mean, variance = self._updated(module, x, boxes, mean, variance)
         channels = module.num_channels // module.num_groups
         scale = (variance + module.eps).rsqrt().repeat_interleave(channels, 1)
@@ -42,7 +50,7 @@ class NormHook(SiteHook):
         self.size = map_size(x) if x.ndim == 4 else self.engine.grid(x.shape[-1])
         slot, (mean, variance) = self.engine.slot, _statistics(module, x)
         slot[f"{self.name}.mean"], slot[f"{self.name}.var"] = mean, variance
-        if self.engine.config.statistics != "cached" and self.engine.maps:
+        if self.statistics != "cached" and self.engine.maps:
             slot.put(self.name, x.unflatten(2, self.size) if x.ndim == 3 else x)
 
     def _offer_whole(self, module: nn.GroupNorm, x: Tensor) -> None:
@@ -62,7 +70,7 @@ class NormHook(SiteHook):
         once = _once(boxes, mean)
         (new1, new2), (old1, old2) = (_moments(values, boxes, mean, once) for values in (strip, old))
         slot.offer(self.name, strip, BoxLayout(boxes))
-        if self.engine.config.statistics == "incremental":
+        if self.statistics == "incremental":
             total = boxes.map[0] * boxes.map[1] * channels
             moved = (new1 - old1) / total
             mean, variance = mean + moved, (variance + (new2 - old2) / total - moved**2).clamp_min(0)

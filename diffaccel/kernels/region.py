@@ -114,7 +114,8 @@ class Region:
         if size[0] <= self._dense_below:
             return None
         boxes = self._at(size)
-        return boxes if boxes.share <= self._dense_above else None
+        one = boxes.count != self._at(self.size).count  # several boxes became the whole map: strips of k boxes end here
+        return None if one or boxes.share > self._dense_above else boxes
 
     def _at(self, size: tuple[int, int]) -> Boxes:
         factor = min(1.0, level_factor(self.size[0], size[0]))
