@@ -10,7 +10,7 @@ from diffaccel.pictures import save_text
 
 GOALS = {0.01: 8.0, 0.05: 6.0, 0.15: 3.0, 0.35: 1.7}
 PLACES = {"ring": "mask + 5 px", "mask": "mask"}
-NORMS = {"cached": "-", "incremental": "--"}
+NORMS = {"cached": ":", "last": "-", "incremental": "--"}
 
 
 def write_report(folder: Path) -> None:
