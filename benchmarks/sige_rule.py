@@ -151,7 +151,7 @@ def pyramid(mask: Tensor) -> dict[int, Tensor]:
 
 
 def active(mask: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
-    """Which results of a convolution are in active tiles, or a few more rows and columns; `mask` is that of its input."""
+    """Results of a convolution in active tiles, perhaps a few rows and columns more; `mask` is that of its input."""
     tile = TILE // stride
     window = (tile - 1) * stride + kernel
     padded = F.pad(mask[None, None].float(), (padding, window, padding, window))
