@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from nbclient import NotebookClient
 from PIL import Image
@@ -16,6 +17,7 @@ from diffaccel.samplers.policy.exits import FittedExits
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PICTURES = {  # that a notebook draws
     "swap_scheduler": 3, "solvers": 4, "fid_table": 3, "prune_stable_diffusion": 3, "stitch": 6, "early_exit": 4,
+    "edit": 7,
 }  # fmt: skip
 
 
@@ -88,6 +90,35 @@ def test_early_exit_draws_its_schedules_beside_fewer_steps(tmp_path):
     assert 41 < shares[1] <= 50 < shares[0] <= 90
     assert FittedExits.load(tmp_path / "early-exit" / "exits.safetensors").layers == 3
     assert Image.open(tmp_path / "early-exit" / "pictures.png").height > 5 * 128  # whole, and two with each target
+
+
+def test_edit_changes_the_mask_and_nothing_far_from_it(tmp_path):
+    printed = ran("edit", tmp_path, "--steps", "3")
+    assert "network calls: 3 sparse;" in printed
+    assert "network calls: 3 dense;" in printed
+    before, sparse, dense = (pixels(tmp_path / "edited" / f"{name}.png") for name in ("reference", "sparse", "dense"))
+    rows, columns = np.any(before != sparse, axis=2).nonzero()
+    assert rows.max() < 136
+    assert columns.min() > 140
+    assert np.abs(sparse - before)[26:120, 156:].mean() > 2 * np.abs(sparse - dense)[26:120, 156:].mean()
+    assert Image.open(tmp_path / "edited" / "grid.png").width > 5 * 256
+
+
+def test_edit_takes_a_picture_and_a_mask_from_files(tmp_path):
+    Image.new("RGB", (64, 64), "orange").save(tmp_path / "picture.png")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (8, 8, 28, 28))
+    mask.save(tmp_path / "mask.png")
+    files = ("--image", "picture.png", "--mask", "mask.png", "--model", "emoji-sd", "--reference", "self")
+    printed = ran("edit", tmp_path, *files, "--prompt", "orange", "--edit-prompt", "red heart", "--steps", "4")
+    assert "network calls: 2 dense, 2 sparse;" in printed
+    before, sparse = (pixels(tmp_path / "edited" / f"{name}.png") for name in ("reference", "sparse"))
+    changed = np.abs(sparse - before)
+    assert changed[8:28, 8:28].mean() > 5 * changed[:, 48:].mean()  # not 0: so small a picture is decoded whole
+
+
+def pixels(path):
+    return np.array(Image.open(path), int)
 
 
 @pytest.mark.slow
