@@ -6,10 +6,10 @@ Networks are DDPM-256 (`UNet2DModel`, as google/ddpm-church-256) and SD 1.5 at 5
 initialises as PyTorch does, "variance" with N(0, 1 / fan-in). Pictures are smooth noise at half the signal power. Two
 edits, squares off the grid, have another picture and other noise inside. Error is the relative RMSE against the dense
 network on the edited input, in the mask, in the mask dilated by 5 pixels (as SIGE dilates it), and outside. The fastest
-setting (by multiply-accumulates) with at most SIGE's error is timed against the dense network, by turns. Guided calls
-have two rows. The allocator is told to give no memory back (Linux): the page faults of fresh memory, up to a third of a
-dense forward, come and go with what ran before. Written to `results/sparse_edit_<network>_<init>.json`; the report of
-all is `results/sparse_edit.md` and `.png`.
+setting (by multiply-accumulates) with at most SIGE's error is timed against the dense network, by turns. The allocator
+is told to give no memory back (Linux): the page faults of fresh memory, up to a third of a dense forward, come and go
+with what ran before. Written to `results/sparse_edit_<network>_<init>.json`; the report of all is
+`results/sparse_edit.md` and `.png`.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ CASES = {
     "ddpm256": Case(
         "DDPM-256", partial(UNet2DModel, sample_size=256, **DDPM), 256, 1, "ddpm", 64, 5, MARGINS, (0, 16, 32)
     ),
-    "sd15": Case("SD 1.5, 512 px", SD, 512, 8, "sd", 0, 1, (0, 1, 2, 4, 6, 8, 12), (0, 16), PLACES[:1], (1, 2)),
+    "sd15": Case("SD 1.5, 512 px", SD, 512, 8, "sd", 0, 1, (0, 1, 2, 4, 6, 8, 12), (0, 16), PLACES[:1]),
 }
 DRY = {
     "ddpm256": Case(

@@ -31,11 +31,13 @@ from diffaccel.samplers.named import (
     UniPCScheduler,
 )
 from diffaccel.samplers.scheduler import SolverScheduler
+from diffaccel.samplers.searched import DCSolverScheduler, RecipeScheduler
 
 __version__ = "0.1.0"
 __all__ = [
     "AcceleratedDDIMScheduler",
     "AcceleratedDDPMScheduler",
+    "DCSolverScheduler",
     "DDIMSolverScheduler",
     "DEISScheduler",
     "DPMSinglestepScheduler",
@@ -49,6 +51,7 @@ __all__ = [
     "IPNDMSolverScheduler",
     "LMSScheduler",
     "RESScheduler",
+    "RecipeScheduler",
     "SAScheduler",
     "SEEDSScheduler",
     "SolverScheduler",
@@ -70,6 +73,8 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"diffaccel.samplers.policy{_POLICIES[name]}"), name)
     if name in ("SparseEditConfig", "SparseEditPipeline", "apply_sparse_edit"):
         return getattr(importlib.import_module("diffaccel.kernels"), name)
+    if name in ("Recipe", "search"):
+        return getattr(importlib.import_module("diffaccel.samplers.search"), name)
     if name.startswith("Pruned"):
         from diffaccel.pruning import models
 
@@ -81,6 +86,6 @@ def __getattr__(name: str) -> Any:
 _POLICIES = {"stitch": ".stitch", "stitch_frontier": ".frontier", "early_exit": ".exits", "fit_exits": ".exits"}
 
 # Saved pipelines name a class by its module: the short name lets files move (`["diffaccel", "DPMSolverScheduler"]`).
-for _cls in NAMED:
+for _cls in (*NAMED, DCSolverScheduler, RecipeScheduler):
     _cls.__module__ = "diffaccel"
 register_loadable()

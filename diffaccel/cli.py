@@ -1,4 +1,4 @@
-"""The command line: `diffaccel demo`, `sample`, `eval`, `prune`, `edit-demo` and `list`."""
+"""The command line: `diffaccel demo`, `sample`, `eval`, `prune`, `search`, `edit-demo` and `list`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     from diffaccel.eval.command_line import add_eval
     from diffaccel.kernels.command_line import add_edit_demo
     from diffaccel.pruning.command_line import add_prune
+    from diffaccel.samplers.search.command_line import add_search
 
     parser = argparse.ArgumentParser(prog="diffaccel", description="Fast Diffusers pipelines, measured.")
     parser.add_argument("--version", action="version", version=f"diffaccel {__version__}")
@@ -49,8 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--schedule", help="a name from `diffaccel list` (default: what the model's config asks for)")
     ends = ("zero", "sigma_min", "corrector")
     sample.add_argument("--final", choices=ends, default="zero", help="end of the run (default: zero)")
-    sample.add_argument("--steps", type=int, default=10, help="network calls (default: 10)")
-    sample.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: the pipeline's)")
+    sample.add_argument("--recipe", type=Path, help="JSON of `diffaccel search`, instead of a scheduler and schedule")
+    sample.add_argument("--steps", type=int, help="network calls (default: 10; of a recipe: its own)")
+    guidance = "classifier-free guidance (default: the pipeline's; of a recipe: its own)"
+    sample.add_argument("--guidance-scale", type=float, help=guidance)
     sample.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next ones count up")
     sample.add_argument("--device", help="cpu, cuda, mps (default: what there is)")
     sample.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32 on the CPU")
@@ -59,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_eval(commands)
     add_prune(commands)
+    add_search(commands)
     add_edit_demo(commands)
 
     names = commands.add_parser("list", help="names of solvers, schedules and their aliases")
@@ -81,6 +85,7 @@ def _sample(args: argparse.Namespace) -> None:
         scheduler=args.scheduler,
         schedule=args.schedule,
         final=args.final,
+        recipe=args.recipe,
         steps=args.steps,
         guidance_scale=args.guidance_scale,
         seed=args.seed,

@@ -14,6 +14,7 @@ from diffaccel.pictures import save_picture
 from diffaccel.samplers.catalog import DEFAULT, parse_schedule, parse_solver
 from diffaccel.samplers.catalog import scheduler as make_scheduler
 from diffaccel.samplers.grid import Final
+from diffaccel.samplers.search.recipe import Recipe
 
 
 def load_pipeline(model: str, device: str | None = None, dtype: str | None = None) -> DiffusionPipeline:
@@ -40,7 +41,8 @@ def sample(
     scheduler: str | None = None,
     schedule: str | None = None,
     final: Final = "zero",
-    steps: int = 10,
+    recipe: Path | None = None,
+    steps: int | None = None,
     guidance_scale: float | None = None,
     seed: int = 0,
     device: str | None = None,
@@ -49,18 +51,18 @@ def sample(
 ) -> list[Path]:
     """Write one PNG per prompt into `output` and return their paths; prompt i uses seed `seed` + i.
 
-    Without a scheduler it is `catalog.DEFAULT`, on its schedule and to its end unless another schedule is named.
+    Without a scheduler it is `catalog.DEFAULT`, on its schedule and to its end unless another schedule is named, and
+    10 steps. A recipe takes the place of all that, and of the guidance scale.
     """
-    if scheduler is None and schedule is None:
-        schedule, final = DEFAULT["schedule"], DEFAULT["final"]
-    solver: str = scheduler or DEFAULT["solver"]
-    parse_solver(solver)  # refuse unknown names before a model is loaded
-    if schedule is not None:
-        parse_schedule(schedule)
-    if steps < 1:
+    if steps is not None and steps < 1:
         raise ValueError(f"--steps must be 1 or more, not {steps}")
-    pipe: Any = load_pipeline(model, device, dtype)
-    pipe.scheduler = make_scheduler(solver, pipe, schedule=schedule, final=final)
+    if recipe is not None:
+        if scheduler or schedule or final != "zero":
+            raise ValueError("a recipe has its own schedule and end; leave out --scheduler, --schedule and --final")
+        pipe, steps, guidance_scale = _with_recipe(model, Recipe.load(recipe), steps, guidance_scale, device, dtype)
+    else:
+        pipe = _with_scheduler(model, scheduler, schedule, final, device, dtype)
+        steps = steps or 10
     options = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     output.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
@@ -70,6 +72,45 @@ def sample(
         paths.append(output / f"{i:03d}.png")
         save_picture(picture, paths[-1])
     return paths
+
+
+def _with_scheduler(
+    model: str, scheduler: str | None, schedule: str | None, final: Final, device: str | None, dtype: str | None
+) -> Any:
+    if scheduler is None and schedule is None:
+        schedule, final = DEFAULT["schedule"], DEFAULT["final"]
+    solver: str = scheduler or DEFAULT["solver"]
+    parse_solver(solver)  # refuse unknown names before a model is loaded
+    if schedule is not None:
+        parse_schedule(schedule)
+    pipe: Any = load_pipeline(model, device, dtype)
+    pipe.scheduler = make_scheduler(solver, pipe, schedule=schedule, final=final)
+    return pipe
+
+
+def _with_recipe(
+    model: str, recipe: Recipe, steps: int | None, guidance_scale: float | None, device: str | None, dtype: str | None
+) -> tuple[Any, int, float]:
+    """The pipeline with a recipe on it, and the steps and guidance scale that it is for."""
+    scales = sorted({entry.guidance_scale for entry in recipe.entries})
+    if guidance_scale is None and len(scales) > 1:
+        raise ValueError(f"this recipe is for guidance {_either(scales)}; say which: --guidance-scale {scales[0]:g}")
+    scale = scales[0] if guidance_scale is None else guidance_scale
+    if scale not in scales:
+        raise ValueError(f"this recipe is for guidance {_either(scales)}, not {scale:g}; make one by diffaccel search")
+    have = sorted(entry.steps for entry in recipe.entries if entry.guidance_scale == scale)
+    if steps is None and len(have) > 1:
+        raise ValueError(f"this recipe is for {_either(have)} steps; say which: --steps {have[0]}")
+    wanted = have[0] if steps is None else steps
+    if wanted not in have:
+        raise ValueError(f"this recipe is for {_either(have)} steps, not {wanted}; make one by diffaccel search")
+    pipe: Any = load_pipeline(model, device, dtype)
+    recipe.apply(pipe, wanted, scale)
+    return pipe, wanted, scale
+
+
+def _either(numbers: Sequence[float]) -> str:
+    return " or ".join(f"{number:g}" for number in numbers)
 
 
 def best_device() -> str:

@@ -274,6 +274,30 @@ def test_field_guide_chooses_by_the_screening_and_scores_beside_diffusers(
     assert "| 1.000 | 1 |" in text  # one pair dropped, whose reference is not exact
 
 
+def test_searched_samplers_beside_fixed_ones(
+    bench: Callable[[str], ModuleType], tiny_model: Path, tmp_path: Path
+) -> None:
+    main = bench("searched").main
+    command = ["--model", str(tiny_model), "--clip", "", "--guidance-scale", "4", "--steps", "4", "--pairs", "4"]
+    command += ["--searches", "iia", "dc-paper", "--prompts", "2", "--seeds", "1", "--workers", "1"]
+    command += ["--cache", str(tmp_path / "cache"), "--output", str(tmp_path)]
+    main(command)
+    text = (tmp_path / "searched_tiny.md").read_text()
+    rows = json.loads((tmp_path / "searched_tiny.json").read_text())["rows"]
+    assert {row["label"] for row in rows if row["side"] == "searched"} == {"iia", "dc-paper"}
+    assert {row["calls"] for row in rows} == {4}
+    assert "dc-paper / unipc linspace final=sigma_min, the same grid: " in text
+    best = min((row for row in rows if row["side"] == "theirs"), key=lambda row: np.median(row["mse"]))
+    assert f"| {best['label']} (theirs) | {np.median(best['mse']):.4g} | 1 |" in text
+
+    # what was searched and scored is not again
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench("searched").diffaccel, "search", None)
+        patch.setattr(bench("solver_runs").Worker, "_latents", None)
+        main(command)
+    assert (tmp_path / "searched_tiny.md").read_text() == text
+
+
 def test_frechet_end_to_end(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     try:

@@ -13,11 +13,12 @@ from PIL import Image
 
 from diffaccel import zoo
 from diffaccel.samplers.policy.exits import FittedExits
+from diffaccel.samplers.search import Recipe
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PICTURES = {  # that a notebook draws
     "swap_scheduler": 3, "solvers": 4, "fid_table": 3, "prune_stable_diffusion": 3, "stitch": 6, "early_exit": 4,
-    "edit": 7,
+    "edit": 7, "search": 4,
 }  # fmt: skip
 
 
@@ -115,6 +116,18 @@ def test_edit_takes_a_picture_and_a_mask_from_files(tmp_path):
     before, sparse = (pixels(tmp_path / "edited" / f"{name}.png") for name in ("reference", "sparse"))
     changed = np.abs(sparse - before)
     assert changed[8:28, 8:28].mean() > 5 * changed[:, 48:].mean()  # not 0: so small a picture is decoded whole
+
+
+def test_search_writes_a_recipe_and_pictures(tmp_path):
+    few = ("--method", "iia", "--steps", "3", "--num", "8", "--pairs", "6", "--reference-steps", "8")
+    printed = ran("search", tmp_path, *few)
+    folder = tmp_path / "searched"
+    (entry,) = Recipe.load(folder / "recipe.json").entries
+    low, middle, high = entry.measured["default"]["ratio"]
+    assert f"{middle:.2f} ({low:.2f} to {high:.2f}) times the error of er_ode_1_corrected" in printed
+    assert (entry.method, entry.steps, entry.guidance_scale) == ("iia", 3, 4.0)
+    assert Image.open(folder / "pictures.png").height > 3 * 128  # reference, default, recipe
+    assert Image.open(folder / "recipe.png").width > 800
 
 
 def pixels(path):

@@ -27,7 +27,10 @@ class Region:
 
     Args:
         masks: bool, (masks, rows, columns) at the resolution of the network's input, or (rows, columns).
-        margin, max_boxes, dense_above, dense_below: see `SparseEditConfig`.
+        margin: as `max_boxes`, `dense_above` and `dense_below`, see `SparseEditConfig`.
+        max_boxes: there.
+        dense_above: there.
+        dense_below: there.
         coarsest: rows of the network's smallest map. Where boxes touch at a level, they are merged, or it runs dense.
     """
 

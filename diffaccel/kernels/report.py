@@ -31,7 +31,8 @@ class EditReport:
         memory: bytes of kept features, those of this edit included until they are accepted.
         probes: of exactness="bounded": step, margin, and relative error in the mask against the dense network.
         seam: root mean square difference to the reference in the 8 pixels around the mask, of 1; None if not pictures.
-        outside: greatest difference to the reference more than 64 pixels from the mask.
+        outside: greatest difference to the reference more than 64 pixels from the mask; None where the picture ends
+            before.
         note: a sentence, if the edit ran dense or sparse lost.
         region: that was recomputed; `region.draw(picture)` shows it.
     """
@@ -61,9 +62,11 @@ class EditReport:
 
     def __str__(self) -> str:
         calls = ", ".join(f"{count} {kind}" for kind, count in self.calls.items())
+        against = f"dense about {self.dense_seconds:.2f} s ({self.speedup:.1f} times as long)"
+        if "sparse" not in self.calls:
+            against = "no call was sparse"
         lines = [
-            f"{self.seconds:.2f} s, dense about {self.dense_seconds:.2f} s ({self.speedup:.1f} times as long); "
-            f"the reference took {self.reference_seconds:.2f} s",
+            f"{self.seconds:.2f} s, {against}; the reference took {self.reference_seconds:.2f} s",
             f"network calls: {calls}; {self.share:.0%} of the picture recomputed",
             f"kept features: {self.memory / 2**20:,.0f} MiB",
         ]
@@ -71,7 +74,8 @@ class EditReport:
             step, margin, error = self.probes[-1]
             lines.append(f"probe: error {error:.2%} in the mask at step {step + 1}, margin {margin}")
         if self.seam is not None:
-            lines.append(f"seam: {self.seam:.4f} in the 8 pixels around the mask; further out {self.outside:.4f}")
+            further = "" if self.outside is None else f"; beyond 64 pixels {self.outside:.4f}"
+            lines.append(f"seam: {self.seam:.4f} in the 8 pixels around the mask{further}")
         return "\n".join([*lines, self.note] if self.note else lines)
 
 
@@ -136,4 +140,4 @@ def differences(after: Any, before: Any, mask: np.ndarray) -> tuple[float | None
     ring = (F.max_pool2d(inside, 17, 1, 8) - inside)[:, 0] > 0
     far = F.max_pool2d(inside, 129, 1, 64)[:, 0] == 0
     seam = float(change[ring].square().mean().sqrt()) if ring.any() else 0.0
-    return seam, float(change[far].max()) if far.any() else 0.0
+    return seam, float(change[far].max()) if far.any() else None

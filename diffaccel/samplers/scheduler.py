@@ -23,6 +23,7 @@ from diffaccel.samplers.row import PREDICTION_TYPES, combine, dynamic_threshold,
 from diffaccel.samplers.solver import Multistep, Singlestep
 from diffaccel.samplers.solvers import SOLVERS
 
+SEARCHED = ("recipe", "cascade", "ratios", "guidance_scale")  # options of searched samplers alone, see `searched.py`
 CURSOR_START = 2  # torch.compile keeps an integer of 0 or 1 as a constant, so a step counter must not pass them
 
 
@@ -65,6 +66,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
     order = 1  # network calls per entry of `timesteps`
     _leading = "leading"  # the grid that timestep_spacing="leading" means for the Diffusers class this one replaces
     _solver: ClassVar[str | None] = None  # name in `SOLVERS`, for classes of one solver
+    _own_options: ClassVar[tuple[str, ...]] = ()  # of `SEARCHED`
     _clips = False  # whether `clip_sample` counts, as it does for the Diffusers class this one replaces
     _always_flow = False  # whether the class is for flow models only
 
@@ -140,9 +142,11 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         """
         overrides = boundary.adopt(config, tuple(c.__name__ for c in (SolverScheduler, *_subclasses(SolverScheduler))))
         options = dict(config.get("solver_options") or {})
-        if "solver" in options and cls._has_own_solver():
-            del options["solver"]  # this class has its own
-            overrides["solver_options"] = options or None
+        foreign = [key for key in ("solver", *SEARCHED) if key in options and key not in cls._own_options]
+        if "solver" in foreign and not cls._has_own_solver():
+            foreign.remove("solver")
+        if foreign:  # this class has its own
+            overrides["solver_options"] = {key: value for key, value in options.items() if key not in foreign} or None
         adopted = cls._adopt(config)
         if adopted.get("solver_options") and kwargs.get("solver_options"):
             kwargs["solver_options"] = adopted["solver_options"] | kwargs["solver_options"]
@@ -234,10 +238,9 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
 
     def _prepare(self, begin: int) -> None:
         """Plan the run from node `begin`; the table of float32 coefficients goes to the device once."""
-        start = self._options().get("start", "euler")
         self._first = begin
         self._cursor = begin + CURSOR_START
-        self._plan = make_plan(self.schedule, self.grid, self.solver, self._x0_of, begin=begin, start=start)
+        self._plan = self._make_plan(begin)
         self._rows = self._tabulated()
         self._used = (self._rows != 0).any(0).tolist()  # a column that is zero throughout costs nothing
         self._table = torch.from_numpy(self._rows.astype(np.float32)).to(self.timesteps.device)
@@ -256,6 +259,10 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
                 for v in self.grid.lambdas
             ]
             self._input_scale = torch.tensor(c_in, dtype=torch.float32).to(self.timesteps.device)
+
+    def _make_plan(self, begin: int) -> list[Step]:
+        start = self._options().get("start", "euler")
+        return make_plan(self.schedule, self.grid, self.solver, self._x0_of, begin=begin, start=start)
 
     def _tabulated(self) -> np.ndarray:
         """Coefficients of the plan; where x0 is not filtered, what is kept is a combination of sample and output."""

@@ -80,7 +80,7 @@ def test_report() -> None:
     grown = np.zeros_like(MASK)
     grown[0:14, 0:16] = True  # 8 pixels around
     assert report.seam == pytest.approx(np.sqrt((change[grown & ~MASK] ** 2).mean()), rel=1e-4)
-    assert report.outside == 0  # there is nothing as far as that
+    assert report.outside is None  # there is nothing as far as that
     assert report.region.draw(edit.pipe.image_processor.numpy_to_pil(before)[0]).size == (16, 16)
     text = str(report)
     for words in ("3 sparse", "2 replayed", "14% of the picture", f"{report.memory / 2**20:,.0f} MiB", "seam: "):

@@ -57,15 +57,15 @@ def _shortcuts(model: nn.Module, stages: list[str]) -> dict[str, nn.Module]:
     for stage in stages:
         block = getattr(model, stage) if "." not in stage else model.get_submodule(stage)
         for i, resnet in enumerate(getattr(block, "resnets", ())):
-            replaced[f"{stage}.resnets.{i}"] = _Shortcut(resnet)
+            replaced[f"{stage}.resnets.{i}"] = Shortcut(resnet)
         for i, attention in enumerate(getattr(block, "attentions", ())):
             if attention is not None:
-                skip = _Pass(attention) if isinstance(attention, Attention) else SkipTransformer()
+                skip = Pass(attention) if isinstance(attention, Attention) else SkipTransformer()
                 replaced[f"{stage}.attentions.{i}"] = skip
     return replaced
 
 
-class _Pass(nn.Module):
+class Pass(nn.Module):
     """An attention that adds nothing."""
 
     def __init__(self, attention: Attention):
@@ -73,10 +73,11 @@ class _Pass(nn.Module):
         self.rescale_output_factor = attention.rescale_output_factor
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Its input."""
         return hidden_states / self.rescale_output_factor
 
 
-class _Shortcut(nn.Module):
+class Shortcut(nn.Module):
     """A ResNet without its body."""
 
     def __init__(self, resnet: Any):
@@ -84,6 +85,7 @@ class _Shortcut(nn.Module):
         self.conv_shortcut, self.output_scale_factor = resnet.conv_shortcut, resnet.output_scale_factor
 
     def forward(self, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Its shortcut."""
         x = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         return x / self.output_scale_factor
 
