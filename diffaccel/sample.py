@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -14,7 +14,9 @@ from diffaccel.pictures import save_picture
 from diffaccel.samplers.catalog import DEFAULT, parse_schedule, parse_solver
 from diffaccel.samplers.catalog import scheduler as make_scheduler
 from diffaccel.samplers.grid import Final
-from diffaccel.samplers.search.recipe import Recipe
+
+if TYPE_CHECKING:
+    from diffaccel.samplers.search.recipe import Recipe
 
 
 def load_pipeline(model: str, device: str | None = None, dtype: str | None = None) -> DiffusionPipeline:
@@ -57,6 +59,8 @@ def sample(
     if steps is not None and steps < 1:
         raise ValueError(f"--steps must be 1 or more, not {steps}")
     if recipe is not None:
+        from diffaccel.samplers.search.recipe import Recipe  # evaluation comes with it, which imports this module
+
         if scheduler or schedule or final != "zero":
             raise ValueError("a recipe has its own schedule and end; leave out --scheduler, --schedule and --final")
         pipe, steps, guidance_scale = _with_recipe(model, Recipe.load(recipe), steps, guidance_scale, device, dtype)

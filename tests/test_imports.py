@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import diffaccel
 
 PACKAGE = Path(diffaccel.__file__).parent
@@ -98,6 +100,11 @@ def test_pruning_imports_one_way():
         for file in path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
             text = file.read_text()
             assert not [other for other in above if f"diffaccel.pruning.{other} " in text], file
+
+
+@pytest.mark.parametrize("name", ["sample", "demo", "samplers.search", "eval", "pruning", "kernels", "samplers.policy"])
+def test_modules_can_be_the_first_to_be_imported(name):
+    assert f"diffaccel.{name}" in modules_after(f"import diffaccel.{name}")
 
 
 def test_mathematics_imports_no_torch():
