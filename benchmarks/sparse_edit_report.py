@@ -30,7 +30,8 @@ def section(found: dict[str, Any]) -> str:
         f"{found['parameters'] / 1e6:.1f} M parameters, {found['macs'] / 1e9:.1f} GMACs, float32. "
         f"{packages}; {found['processor']}. Defaults: {defaults}.\n",
         "Error: relative RMSE against the dense network on the edited input, in per cent, in the mask + 5 px / in the "
-        "mask / outside; mean of the edits (DDPM-256 two, SD 1.5 one). Chosen: the fewest MACs with at most SIGE's error there.\n",
+        "mask / outside; mean of the edits (DDPM-256 two, SD 1.5 one). Chosen: the fewest MACs with at most SIGE's "
+        "error there.\n",
         table(["edit", "no change", "SIGE's rule", "at most SIGE's in", "chosen", "its error", "MACs"], errors(found)),
     ]
     for threads, rows in found.get("times", {}).items():
